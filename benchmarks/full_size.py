@@ -1,0 +1,123 @@
+"""A full-size FLUX.1 checkpoint, once through everything, on one GPU: `python benchmarks/full_size.py COMFYUI FOLDER`.
+
+Writes a synthetic 12B checkpoint and its dequantized 16-bit twin into FOLDER (30 GB), loads both into ComfyUI, runs one
+1024 x 1024 forward pass of each and prints one table: times, sizes, and the distance of the two outputs. Exit code 1 if
+they are further apart than bf16 rounding explains (LIMIT).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 1e-2  # relative L2 of the model's output; bf16 itself is 1.7e-2 away from float32 on such weights
+TOKENS = 512
+LATENT = 128  # 1024 pixels
+
+
+def register_package() -> None:
+    """Make the clone importable as ``svdq``."""
+    package = types.ModuleType("svdq")
+    package.__path__ = [str(ROOT)]
+    sys.modules["svdq"] = package
+
+
+def timed(action: Callable[[], object]) -> tuple[object, float]:
+    """(result, seconds), the GPU's work included."""
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = action()
+    torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def read_seconds(path: Path) -> float:
+    """Seconds to read a file from start to end; its pages are in the cache afterwards."""
+    buffer, start = bytearray(64 * 1024 * 1024), time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - start
+
+
+def main(comfyui: str, folder: Path) -> int:
+    sys.path.insert(0, comfyui)
+    sys.argv = ["main.py", "--disable-dynamic-vram"]
+    register_package()
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.model_management as management
+    import comfy.sd
+    import torch
+    from svdq.cli.dequantize import dequantize
+    from svdq.cli.synth import synth
+    from svdq.model import load_flux
+
+    folder.mkdir(parents=True, exist_ok=True)
+    quantized, dense = folder / "svdq-int4_r32-synth.safetensors", folder / "synth-bf16.safetensors"
+    rows: dict[str, float] = {}
+    start = time.perf_counter()
+    rows["synth s"] = 0.0 if quantized.exists() else (synth(quantized, scale="full"), time.perf_counter() - start)[1]
+    start = time.perf_counter()
+    rows["dequantize s"] = 0.0 if dense.exists() else (dequantize(quantized, dense), time.perf_counter() - start)[1]
+    rows["file GB"] = quantized.stat().st_size / 1e9
+
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "x": torch.randn(1, 16, LATENT, LATENT, generator=generator),
+        "timestep": torch.tensor([0.7]),
+        "context": torch.randn(1, TOKENS, 4096, generator=generator),
+        "y": torch.randn(1, 768, generator=generator),
+        "guidance": torch.tensor([3.5]),
+    }
+    arguments = {
+        name: value.to("cuda", torch.float32 if name == "timestep" else torch.bfloat16)
+        for name, value in arguments.items()
+    }
+
+    def step(patcher) -> torch.Tensor:
+        with torch.inference_mode():
+            return patcher.model.diffusion_model(**arguments)
+
+    def run(name: str, load: Callable[[], object]) -> torch.Tensor:
+        before = torch.cuda.memory_allocated()
+        patcher, rows[f"{name}: open s"] = timed(load)
+        _, rows[f"{name}: to GPU s"] = timed(lambda: management.load_models_gpu([patcher]))
+        rows[f"{name}: weights GiB"] = (torch.cuda.memory_allocated() - before) / 2**30
+        rows[f"{name}: ComfyUI's figure GiB"] = patcher.model_size() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        out, rows[f"{name}: first step s"] = timed(lambda: step(patcher))
+        rows[f"{name}: peak of a step GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        rows[f"{name}: step ms, median of 5"] = statistics.median(timed(lambda: step(patcher))[1] for _ in range(5)) * 1e3
+        management.unload_all_models()
+        return out.double()
+
+    rows["read the INT4 file s"] = read_seconds(quantized)
+    rows["read it again s"] = read_seconds(quantized)
+    ours = run("16bit mode", lambda: load_flux(str(quantized), "16bit"))
+    torch.cuda.empty_cache()
+    reference = run("dequantized", lambda: comfy.sd.load_diffusion_model(str(dense), {"dtype": torch.bfloat16}))
+    rows["relative distance"] = ((ours - reference).norm() / reference.norm()).item()
+    rows["largest difference / largest output"] = ((ours - reference).abs().max() / reference.abs().max()).item()
+    rows["equal elements"] = (ours == reference).double().mean().item()
+    rows["output standard deviation"] = reference.std().item()
+
+    for name, value in rows.items():
+        print(f"{name:<40} {value:.6g}")
+    print(json.dumps(rows))
+    return 0 if rows["relative distance"] <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {sys.argv[0]} COMFYUI FOLDER")
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -1,0 +1,127 @@
+"""What a checkpoint holds once file formats are out of the way: logical weights under ComfyUI's stock FLUX names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels.int4 import PackedAWQ, PackedW4A4
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used. The message is one complete line: file, key, found, expected, what to do."""
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of a FLUX.1 transformer, read from tensor shapes.
+
+    in_channels and out_channels count values per 2x2 patch (64 for FLUX.1-dev: 16 latent channels x 4).
+    """
+
+    hidden_size: int
+    depth: int
+    depth_single_blocks: int
+    in_channels: int
+    out_channels: int
+    context_in_dim: int
+    vec_in_dim: int
+    guidance_embed: bool
+
+    @property
+    def mlp_size(self) -> int:
+        return 4 * self.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // 128
+
+
+@dataclass(frozen=True)
+class W4A4Linear:
+    """A W4A4 linear under its stock name: packed parts and the stored bias [N].
+
+    axis 0: outputs of the parts side by side (``linear1`` = qkv, fc1); axis 1: inputs side by side, outputs summed
+    (``linear2`` = attention out, fc2). All other linears have one part.
+    """
+
+    parts: tuple[PackedW4A4, ...]
+    axis: int
+    bias: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.axis == 0:
+            return sum(p.n for p in self.parts), self.parts[0].k
+        return self.parts[0].n, sum(p.k for p in self.parts)
+
+
+@dataclass(frozen=True)
+class AWQLinear:
+    """A W4A16 modulation layer: packed weight, bias [N] in BFL's row order without the +1 that the file bakes in."""
+
+    weight: PackedAWQ
+    bias: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.n, self.weight.k
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """A layer that is not quantized: ``weight`` of any shape, ``bias`` or None (norms)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+
+Layer = W4A4Linear | AWQLinear | PlainLayer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: facts about it, and its layers on demand.
+
+    path: file or folder · files: the files that hold the bytes · format: "nunchaku" or "nunchaku-legacy-folder" ·
+    variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the low-rank branch -> number of packed
+    weights that have it · dtype: of scales and low-rank factors · metadata: the header's strings · notes: what a user
+    should know and nothing breaks on · file_bytes: total size · layer_names: stock module names in model order.
+
+    ``layer(name)`` reads one layer: tensors are views of the mapped file wherever the stock layout allows it.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    format: str
+    variant: str
+    precision: str
+    ranks: dict[int, int]
+    dtype: torch.dtype
+    config: FluxConfig
+    metadata: dict[str, str]
+    notes: tuple[str, ...]
+    file_bytes: int
+    layer_names: tuple[str, ...]
+    read_layer: Callable[[str], Layer] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank in the file."""
+        return max(self.ranks)
+
+    def layer(self, name: str) -> Layer:
+        """One layer by its stock module name, ``double_blocks.0.img_attn.qkv`` and so on."""
+        return self.read_layer(name)
+
+    def layers(self) -> Iterator[tuple[str, Layer]]:
+        """(name, layer) for all layers, one at a time."""
+        for name in self.layer_names:
+            yield name, self.read_layer(name)

@@ -1,0 +1,182 @@
+"""Two layouts for ``QuantizedTensor``: an SVDQuant linear and an AWQ modulation linear as ONE weight each.
+
+ComfyUI pages, offloads, sizes and patches what it finds as ``weight`` and ``bias``, so everything a quantized linear
+consists of is an inner tensor of one ``QuantizedTensor``. Inner tensors keep the file's byte order (kernels/layout.py):
+nothing is repacked at load. Logical shape, row order and name are those of the stock dense weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
+from torch import Tensor
+
+from ..kernels import reference
+from ..kernels.int4 import PackedAWQ, PackedW4A4
+from ..loaders.weights import AWQLinear, W4A4Linear
+
+_NO_QUANTIZE = "SVDQuant weights cannot be requantized from a dense tensor on the fly: quantize the model anew"
+
+
+class _SharedParams(BaseLayoutParams):
+    """Params whose tensors are never changed in place, so that copies may share them.
+
+    ``QuantizedTensor`` clones its params in every ``detach()``, which ``state_dict()`` and ``nn.Parameter`` call: with
+    the inherited ``clone`` each of them would copy scales, low-rank factors and the whole second part.
+    """
+
+    def _tensor_fields(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)]
+
+    def clone(self) -> _SharedParams:
+        return dataclasses.replace(self)
+
+
+@dataclass(frozen=True)
+class SVDQParams(_SharedParams):
+    """Fields beside ``_qdata`` (nominal shapes as in kernels.int4.PackedW4A4, file order).
+
+    scale, smooth, down, up belong to ``_qdata``: the only part, or the second and larger one (fc1, fc2) of a linear
+    with two. head_*: the first part (qkv, attention output), or None. axis: 0 the parts' outputs side by side, 1 their
+    inputs. unsigned: ``_qdata``'s part takes unsigned activation codes; a first part never does.
+    """
+
+    smooth: Tensor = None
+    down: Tensor = None
+    up: Tensor = None
+    head_qdata: Tensor | None = None
+    head_scale: Tensor | None = None
+    head_smooth: Tensor | None = None
+    head_down: Tensor | None = None
+    head_up: Tensor | None = None
+    axis: int = 0
+    unsigned: bool = False
+
+
+@dataclass(frozen=True)
+class AWQParams(_SharedParams):
+    """scale, zeros: [at least G, N] · splits: interleaved adaLN chunks, as in kernels.int4.PackedAWQ."""
+
+    zeros: Tensor = None
+    splits: int = 1
+
+
+class _Layout(QuantizedLayout):
+    """What both layouts have in common; ``format`` names them in a saved file's ``comfy_quant``."""
+
+    format: str
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        raise NotImplementedError(_NO_QUANTIZE)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
+        return tuple(cls.state_dict_tensors(qtensor._qdata, qtensor._params).values())
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: _SharedParams) -> dict[str, Tensor]:
+        return {"": qdata} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+
+    @classmethod
+    def describe(cls, params: _SharedParams) -> dict[str, Any]:
+        """The fields that are not tensors, for ``comfy_quant``."""
+        raise NotImplementedError
+
+
+class SVDQInt4Layout(_Layout):
+    """W4A4 codes with group scales, smoothing and a 16-bit low-rank branch; one part or two."""
+
+    Params = SVDQParams
+    format = "svdq_int4"
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: SVDQParams) -> Tensor:
+        return reference.dequantize_parts(packed_parts(qdata, params), params.axis, params.orig_dtype)[0]
+
+    @classmethod
+    def describe(cls, params: SVDQParams) -> dict[str, Any]:
+        fields = {"axis": params.axis, "unsigned": params.unsigned, "shape": list(params.orig_shape)}
+        return {"format": cls.format} | fields
+
+
+class SVDQAwqLayout(_Layout):
+    """AWQ W4A16 codes with scales and zero points; rows interleaved in the bytes, in stock order outside."""
+
+    Params = AWQParams
+    format = "svdq_awq"
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: AWQParams) -> Tensor:
+        return reference.dequantize_packed_awq(packed_awq(qdata, params), params.orig_dtype)
+
+    @classmethod
+    def describe(cls, params: AWQParams) -> dict[str, Any]:
+        return {"format": cls.format, "splits": params.splits, "shape": list(params.orig_shape)}
+
+
+# Registration is by name and process-wide. A second copy of this pack replaces the first one's class by an equal one.
+for _layout in (SVDQInt4Layout, SVDQAwqLayout):
+    register_layout_class(_layout.__name__, _layout)
+
+# Every suffix that a quantized weight adds to a state dict key, for both layouts.
+STATE_SUFFIXES = tuple(
+    f"weight_{field.name}"
+    for field in {f.name: f for p in (SVDQParams, AWQParams) for f in dataclasses.fields(p)}.values()
+    if field.name not in ("orig_dtype", "orig_shape", "axis", "unsigned", "splits")
+)
+
+
+def packed_parts(qdata: Tensor, params: SVDQParams) -> tuple[PackedW4A4, ...]:
+    """The parts of an SVDQuant weight in model order, sharing its memory."""
+    last = PackedW4A4(qdata, params.scale, params.smooth, params.down, params.up, params.unsigned)
+    if params.head_qdata is None:
+        return (last,)
+    head = PackedW4A4(params.head_qdata, params.head_scale, params.head_smooth, params.head_down, params.head_up)
+    return head, last
+
+
+def packed_awq(qdata: Tensor, params: AWQParams) -> PackedAWQ:
+    """The AWQ weight behind a tensor, sharing its memory."""
+    return PackedAWQ(qdata, params.scale, params.zeros, params.splits)
+
+
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The dense weight in ``dtype``, rounded once, and the shift term as in kernels.reference.dequantize_w4a4."""
+    if weight._layout_cls == SVDQInt4Layout.__name__:
+        return reference.dequantize_parts(packed_parts(weight._qdata, weight._params), weight._params.axis, dtype)
+    return reference.dequantize_packed_awq(packed_awq(weight._qdata, weight._params), dtype), None
+
+
+def quantized_weight(layer: W4A4Linear | AWQLinear, dtype: torch.dtype) -> QuantizedTensor:
+    """One loader layer as a ``QuantizedTensor`` of logical type ``dtype``, without copying its bytes."""
+    if isinstance(layer, AWQLinear):
+        weight = layer.weight
+        params = AWQParams(
+            scale=weight.wscales, orig_dtype=dtype, orig_shape=layer.shape, zeros=weight.wzeros, splits=weight.splits
+        )
+        return QuantizedTensor(weight.qweight, SVDQAwqLayout.__name__, params)
+    *head, last = layer.parts
+    if len(head) > 1 or any(part.act_unsigned for part in head):
+        raise ValueError("a linear has at most two parts, and only the last may be unsigned")
+    first = head[0] if head else None
+    params = SVDQParams(
+        scale=last.wscales,
+        orig_dtype=dtype,
+        orig_shape=layer.shape,
+        smooth=last.smooth_factor,
+        down=last.proj_down,
+        up=last.proj_up,
+        head_qdata=first.qweight if first else None,
+        head_scale=first.wscales if first else None,
+        head_smooth=first.smooth_factor if first else None,
+        head_down=first.proj_down if first else None,
+        head_up=first.proj_up if first else None,
+        axis=layer.axis,
+        unsigned=last.act_unsigned,
+    )
+    return QuantizedTensor(last.qweight, SVDQInt4Layout.__name__, params)

@@ -1,0 +1,74 @@
+"""Checkpoint -> ComfyUI MODEL."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+from torch import Tensor
+
+from ..kernels import backend_for
+from ..loaders import Checkpoint, PlainLayer, open_checkpoint
+from .layout_svdq import quantized_weight
+from .ops import make_operations
+from .patcher import adopt
+
+log = logging.getLogger(__name__)
+
+
+def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Load an SVDQuant INT4 FLUX checkpoint (file or legacy folder) into ComfyUI's own Flux.
+
+    Returns a MODEL as a stock loader would. ``disable_dynamic`` asks for a patcher without dynamic VRAM, as ComfyUI
+    does through ``cached_patcher_init``. Raises loaders.CheckpointError or kernels.BackendUnavailable.
+    """
+    backend = backend_for(comfy.model_management.get_torch_device(), precision)
+    checkpoint = open_checkpoint(path, reader=_comfy_reader)
+    for note in checkpoint.notes:
+        log.warning("%s", note)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state_dict(checkpoint),
+        # Without an explicit type ComfyUI would take the most frequent one it sees, or float32 on a CPU.
+        model_options={"custom_operations": make_operations(backend), "dtype": checkpoint.dtype},
+        metadata=checkpoint.metadata,
+        disable_dynamic=disable_dynamic,
+    )
+    if patcher is None:
+        raise RuntimeError(f"{path}: ComfyUI does not recognise the model as FLUX; please report this with `inspect`")
+    # Tells ComfyUI how to make a second, independent copy: for hooks, torch.compile and several GPUs.
+    patcher.cached_patcher_init = (load_flux, (path, precision))
+    log.info(
+        "SVDQ FLUX: %s, FLUX.1 %s, %d + %d blocks, rank %s, %s, %.2f GB; computes in %s: %s",
+        checkpoint.format,
+        checkpoint.variant,
+        checkpoint.config.depth,
+        checkpoint.config.depth_single_blocks,
+        "/".join(str(rank) for rank in checkpoint.ranks),
+        checkpoint.precision,
+        checkpoint.file_bytes / 1e9,
+        backend.precision,
+        backend.reason,
+    )
+    return adopt(patcher)
+
+
+def state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Stock parameter names -> tensors; quantized layers as QuantizedTensors that share the mapped file's memory."""
+    sd: dict[str, Tensor] = {}
+    for name, layer in checkpoint.layers():
+        if isinstance(layer, PlainLayer):
+            sd[f"{name}.weight"] = layer.weight
+        else:
+            sd[f"{name}.weight"] = quantized_weight(layer, checkpoint.dtype)
+        if layer.bias is not None:
+            sd[f"{name}.bias"] = layer.bias
+    return sd
+
+
+def _comfy_reader(path: str):
+    """Reads through ComfyUI, which knows its own options about mapping files and, in dynamic VRAM mode, reads slices of
+    the file straight to the GPU."""
+    return comfy.utils.load_torch_file(path).__getitem__

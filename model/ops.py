@@ -1,0 +1,258 @@
+"""``custom_operations`` for ComfyUI's model classes: stock layers, except that a Linear may hold a quantized weight.
+
+The three places where this reaches below ComfyUI's public API are the properties ``weight_function`` and
+``weight_lowvram_function`` and, in patcher.py, the class of the patcher. They exist because core would otherwise apply
+a LoRA by requantizing the weight, or replace it by a dense one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import comfy.lora
+import comfy.ops
+import torch
+from comfy_kitchen.tensor.base import QuantizedTensor
+from torch import Tensor, nn
+
+from ..kernels import Backend, reference
+from . import lora
+from .layout_svdq import STATE_SUFFIXES, SVDQInt4Layout, dequantize, packed_parts
+
+_QUANTIZED = ("SVDQInt4Layout", "SVDQAwqLayout")
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight is one of this pack's quantized tensors."""
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls in _QUANTIZED
+
+
+class _WeightFunctions(list):
+    """A Linear's ``weight_function`` list that hands low-VRAM patches to the Linear.
+
+    A function in this list makes core dequantize the weight before every use. Wrappers of other packs keep that
+    meaning; the patches that core puts here for partially loaded models are LoRAs, which the Linear applies itself.
+    """
+
+    def __init__(self, module: QuantizedLinear, functions: Any = ()):
+        super().__init__()
+        self._module = module
+        self.extend(functions)
+
+    def append(self, function: Any) -> None:
+        if getattr(function, "is_lowvram_patch", False) and is_quantized(self._module.weight):
+            self._module.partial_patch = function
+        else:
+            super().append(function)
+
+    def extend(self, functions: Any) -> None:
+        for function in functions:
+            self.append(function)
+
+
+class QuantizedLinear(comfy.ops.manual_cast.Linear):
+    """A stock Linear whose weight may be an SVDQuant or AWQ ``QuantizedTensor``; otherwise it is the stock class.
+
+    The bias is the stored one: for layers with unsigned activations it contains the shift correction (kernels/int4.py).
+    LoRA patches are found in four places, depending on how core loaded the model; see ``active_patches``.
+    """
+
+    backend: Backend  # set by make_operations
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        # Not the parent's: it would allocate the dense weight (24 GB of commit charge for FLUX on Windows).
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = None
+        self.bias = None
+        self.comfy_need_lazy_init_bias = bias
+        self.weight_comfy_model_dtype = dtype
+        self.bias_comfy_model_dtype = dtype
+        self.dynamic_patch = None  # set by core in dynamic VRAM mode
+        self.partial_patch = None  # set by core for modules that stay off the GPU
+        self.resident_patch = None  # set by patcher.py for modules that core loaded completely
+        self.hook_patches: list[lora.Patch] = []  # set by patcher.py
+        self._functions = _WeightFunctions(self)
+        self._columns: lora.Columns | None = None
+
+    # ---- what core sets on modules
+
+    @property
+    def weight_function(self) -> _WeightFunctions:
+        return self._functions
+
+    @weight_function.setter
+    def weight_function(self, functions: Any) -> None:
+        self.partial_patch = None
+        self._functions = _WeightFunctions(self, functions)
+
+    @property
+    def weight_lowvram_function(self) -> Any:
+        return None if is_quantized(self.weight) else self.dynamic_patch
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch: Any) -> None:
+        self.dynamic_patch = patch
+
+    # ---- state
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Takes a QuantizedTensor or a plain tensor as ``weight``. Quantized weights stay views of the mapped file."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name in ("weight", "bias"):
+            value = state_dict.get(prefix + name)
+            if value is None:
+                if name == "weight" or self.comfy_need_lazy_init_bias:
+                    missing_keys.append(prefix + name)
+                continue
+            if is_quantized(value):
+                # Core casts a module's parameters to these types when it moves them; ours keep the file's.
+                self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = None
+            elif not assign:
+                value = value.clone()
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        known = (prefix + "weight", prefix + "bias")
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", **kwargs: Any) -> dict:
+        """Every inner tensor under a key of its own, as they are: core sums their sizes and looks for ``weight``."""
+        if not is_quantized(self.weight):
+            return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        destination = {} if destination is None else destination
+        destination.update(self.weight.state_dict(prefix + "weight"))
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias
+        destination[prefix + "comfy_quant"] = self.comfy_quant
+        return destination
+
+    @property
+    def comfy_quant(self) -> Tensor:
+        """JSON of the weight's non-tensor fields as uint8, ComfyUI's convention for a quantized layer."""
+        description = self.weight.layout_cls.describe(self.weight._params)
+        return torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
+        """Core's way to a dense weight, for merges and exports."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                moved = fn(parameter)
+                if moved.is_inference() and not torch.is_inference_mode_enabled():
+                    moved = moved.clone()
+                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        return self
+
+    # ---- patches
+
+    def active_patches(self) -> list[lora.Patch]:
+        """All patches on the weight, in the order in which core would apply them."""
+        holder = self.dynamic_patch or self.partial_patch or self.resident_patch
+        return [*(holder.patches.get(holder.key, ()) if holder is not None else ()), *self.hook_patches]
+
+    def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
+        patches = self.active_patches()
+        plain = [patch for patch in patches if lora.is_plain(patch) and patch[0] != 0.0]
+        rest = [patch for patch in patches if not lora.is_plain(patch)]
+        if rest:
+            # Their order among plain LoRAs can matter (a merge scales what came before): core does all of them.
+            plain, rest = [], patches
+        if plain:
+            shape = (self.out_features, self.in_features)
+            self._columns = lora.build_columns(plain, shape, x.device, x.dtype, self._columns)
+        else:
+            self._columns = None
+        return self._columns, rest
+
+    # ---- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_quantized(self.weight):
+            return super().forward(x)
+        comfy.ops.run_every_op()
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self,
+            input=None,
+            dtype=self.weight.dtype,
+            device=x.device,
+            bias_dtype=self.bias.dtype if self.bias is not None else None,
+            offloadable=True,
+        )
+        try:
+            return self._linear(x, weight, bias)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        columns, rest = self._split_patches(x)
+        svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
+        if svdq and self.backend.precision == "int4" and isinstance(weight, QuantizedTensor) and not rest:
+            parts = packed_parts(weight._qdata, weight._params)
+            # The codes' arithmetic is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
+            rows = x.reshape(-1, x.shape[-1]).to(parts[0].wscales.dtype)
+            y = reference.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
+            y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        else:
+            dense, bias = self._dense(x, weight, bias, rest)
+            y = nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return y if columns is None else columns.apply(x, y)
+
+    def _dense(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rest: list[lora.Patch]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The dense weight in x's type with ``rest`` applied, and the bias of the equivalent dense layer."""
+        # Core hands back a dequantized tensor if another pack wrapped the weight, or for a CPU copy in dynamic mode;
+        # the shift term then still has to come from the quantized weight.
+        quantized = weight if isinstance(weight, QuantizedTensor) else self.weight
+        dense, shift = dequantize(quantized, x.dtype)
+        if quantized is not weight:
+            dense = weight.to(x.dtype)
+        if rest:
+            dense = comfy.lora.calculate_weight(rest, dense, self._patch_key(), intermediate_dtype=dense.dtype)
+        if shift is not None:
+            shift = shift.to(x.device)
+            bias = shift if bias is None else bias.float() + shift
+        return dense, bias
+
+    def _patch_key(self) -> str:
+        holder = self.dynamic_patch or self.partial_patch or self.resident_patch
+        return holder.key if holder is not None else "weight"
+
+
+def _inner_tensor(suffix: str) -> property:
+    field = suffix.removeprefix("weight_")
+
+    def get(self: QuantizedLinear) -> Tensor:
+        if not is_quantized(self.weight):
+            raise AttributeError(f"{suffix}: this layer is not quantized")
+        return getattr(self.weight._params, field)
+
+    return property(get, doc=f"The inner tensor {field} of the quantized weight.")
+
+
+# Core looks up every key of a state dict as an attribute of its module (merges, hooks).
+for _suffix in STATE_SUFFIXES:
+    setattr(QuantizedLinear, _suffix, _inner_tensor(_suffix))
+
+
+def make_operations(backend: Backend) -> type[comfy.ops.manual_cast]:
+    """The ``custom_operations`` class whose linears compute as ``backend`` says."""
+
+    class SVDQOperations(comfy.ops.manual_cast):
+        class Linear(QuantizedLinear):
+            pass
+
+    SVDQOperations.Linear.backend = backend
+    return SVDQOperations

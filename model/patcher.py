@@ -1,0 +1,148 @@
+"""ModelPatcher subclasses that leave quantized weights as they are and tell the Linears about patches.
+
+Core computes a patched weight by dequantizing, adding and writing back. These classes intercept exactly the methods
+that would do that to a quantized weight; everything else is inherited. Line numbers in comments: ComfyUI 0.30.0.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.patcher_extension import CallbacksMP
+
+from .ops import QuantizedLinear, is_quantized
+
+_CALLBACK_KEY = "svdq_flux"
+_Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
+
+
+def quantized_module(model: torch.nn.Module, key: str) -> QuantizedLinear | None:
+    """The Linear whose quantized ``weight`` a state dict key names, or None."""
+    name, _, leaf = key.rpartition(".")
+    if leaf != "weight" or not name:
+        return None
+    module = comfy.utils.get_attr(model, name)
+    return module if isinstance(module, QuantizedLinear) and is_quantized(module.weight) else None
+
+
+def quantized_modules(model: torch.nn.Module) -> list[QuantizedLinear]:
+    """All linears with a quantized weight."""
+    return [m for m in model.modules() if isinstance(m, QuantizedLinear) and is_quantized(m.weight)]
+
+
+class _SaveMixin:
+    """ModelSave: quantized weights are written as they are."""
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict:
+        # Core would wrap each inner tensor into a lazily cast Parameter, which integer tensors cannot be (322). It
+        # skips modules that count as patched already.
+        marked = [m for m in quantized_modules(self.model) if not getattr(m, "comfy_patched_weights", False)]
+        for module in marked:
+            module.comfy_patched_weights = True
+        try:
+            return super().model_state_dict_for_saving(*args, **kwargs)
+        finally:
+            for module in marked:
+                del module.comfy_patched_weights
+
+
+class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
+    """The patcher without dynamic VRAM."""
+
+    def patch_weight_to_device(
+        self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
+    ) -> Any:
+        module = quantized_module(self.model, key)
+        if module is None:
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
+        if return_weight:
+            return module.weight
+        patched = key in self.patches
+        module.resident_patch = comfy.model_patcher.LowVramPatch(key, self.patches) if patched else None
+        return None
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for module in quantized_modules(self.model):
+                module.resident_patch = None
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[tuple]:
+        # Core reserves room for a dense copy of every offloaded weight that is quantized or patched (957); a quantized
+        # linear needs its own bytes only. An entry is (offload memory, module memory, name, module, parameters).
+        return [
+            (entry[1], *entry[1:]) if isinstance(entry[3], QuantizedLinear) and is_quantized(entry[3].weight) else entry
+            for entry in super()._load_list(*args, **kwargs)
+        ]
+
+    # ---- hooks: the patch list takes the place of a patched weight
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
+    ) -> None:
+        module = quantized_module(self.model, key)
+        if module is None:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        elif key in combined_patches:
+            module.hook_patches = combined_patches[key]
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (combined_patches[key], None)
+
+    def patch_cached_hook_weights(self, cached_weights: dict, key: str, memory_counter: Any) -> None:
+        module = quantized_module(self.model, key)
+        if module is None:
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+        else:
+            module.hook_patches = cached_weights[key][0]
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantizedLinear) and (
+                not whitelist_keys_set or f"{name}.weight" in whitelist_keys_set
+            ):
+                module.hook_patches = []
+        super().unpatch_hooks(whitelist_keys_set)
+
+
+class SVDQModelPatcherDynamic(_SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
+    """The patcher with dynamic VRAM."""
+
+    def patch_weight_to_device(
+        self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
+    ) -> Any:
+        module = quantized_module(self.model, key)
+        if module is None:
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
+        if return_weight:
+            return module.weight
+        # Called for modules that core loads for good because they are tiny (1938): moved, not dequantized.
+        if key not in self.backup:
+            self.backup[key] = _Backup(module.weight, False)
+        comfy.utils.set_attr_param(self.model, key, module.weight.to(device_to))
+        patched = key in self.patches
+        module.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches) if patched else None
+        return None
+
+
+_OURS = {
+    comfy.model_patcher.ModelPatcher: SVDQModelPatcher,
+    comfy.model_patcher.ModelPatcherDynamic: SVDQModelPatcherDynamic,
+}
+
+
+def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """Make a stock patcher one of ours, and every clone of it, also one that core builds as a plain ModelPatcher.
+
+    Only exact stock classes change: another pack's subclass stays what it is.
+    """
+    _change_class(patcher)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: _change_class(clone))
+    return patcher
+
+
+def _change_class(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    patcher.__class__ = _OURS.get(type(patcher), type(patcher))

@@ -1,0 +1,86 @@
+"""Small FLUX models for tests: a quantized one, its dense twin, and one forward pass through either."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from svdq.kernels import reference
+from svdq.loaders import AWQLinear, Checkpoint, W4A4Linear, open_checkpoint
+from torch import Tensor
+
+
+def dense_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The equivalent dense model under stock names: what `dequantize` writes, as a dictionary.
+
+    Dequantized on ``device``: the low-rank product is summed in another order on a GPU than on a CPU, which moves a few
+    weights by one bit.
+    """
+    sd: dict[str, Tensor] = {}
+    for name, layer in checkpoint.layers():
+        if isinstance(layer, W4A4Linear):
+            parts = tuple(_to(part, device) for part in layer.parts)
+            weight, shift = reference.dequantize_parts(parts, layer.axis, dtype)
+            bias = layer.bias.float() if shift is None else layer.bias.float() + shift.cpu()
+        elif isinstance(layer, AWQLinear):
+            weight, bias = reference.dequantize_packed_awq(_to(layer.weight, device), dtype), layer.bias
+        else:
+            weight, bias = layer.weight, layer.bias
+        sd[f"{name}.weight"] = weight.to("cpu", dtype)
+        if bias is not None:
+            sd[f"{name}.bias"] = bias.to(dtype)
+    return sd
+
+
+def _to(packed, device: torch.device):
+    moved = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
+    return type(packed)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def load_dense(path: Path):
+    """The dense twin of a checkpoint as a stock MODEL, in the type that this device computes in."""
+    import comfy.model_management as management
+    import comfy.sd
+
+    checkpoint, device = open_checkpoint(path), management.get_torch_device()
+    dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
+    return comfy.sd.load_diffusion_model_state_dict(
+        dense_state_dict(checkpoint, dtype, device), model_options={"dtype": dtype}
+    )
+
+
+def inputs(checkpoint: Checkpoint, size: int = 16, tokens: int = 20, batch: int = 2) -> dict[str, Tensor]:
+    """Seeded inputs of one forward pass; ``size`` in latent pixels."""
+    generator = torch.Generator().manual_seed(1234)
+    config = checkpoint.config
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x": draw(batch, config.in_channels // 4, size, size),
+        "timestep": torch.linspace(0.9, 0.3, batch),
+        "context": draw(batch, tokens, config.context_in_dim),
+        "y": draw(batch, config.vec_in_dim),
+        "guidance": torch.full((batch,), 3.5),
+    }
+
+
+def forward(patcher, arguments: dict[str, Tensor], load: bool = True) -> Tensor:
+    """One forward pass through a MODEL's Flux as ComfyUI runs it. Returns float32 on the CPU."""
+    import comfy.model_management as management
+
+    if load:
+        management.load_models_gpu([patcher])
+    device, dtype = patcher.load_device, patcher.model.manual_cast_dtype or patcher.model_dtype()
+    arguments = {name: value.to(device, dtype if name != "timestep" else None) for name, value in arguments.items()}
+    x, timestep = arguments.pop("x"), arguments.pop("timestep")
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(x, timestep, **arguments).float().cpu()
+
+
+def relative(value: Tensor, reference_value: Tensor) -> float:
+    """Relative L2 distance."""
+    difference = (value.double() - reference_value.double()).norm()
+    return (difference / reference_value.double().norm()).item()

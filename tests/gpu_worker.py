@@ -1,0 +1,85 @@
+"""One ComfyUI process in one memory mode: loads a checkpoint, runs it plain and with a LoRA, reports. Started by tests.
+
+    python gpu_worker.py COMFYUI CHECKPOINT OUT.pt LORA -- [ComfyUI's own options]
+
+The order of imports and calls is that of ComfyUI's main.py, where dynamic VRAM has to be set up before torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    comfyui, checkpoint_path, out, lora_path = sys.argv[1:5]
+    sys.argv = ["main.py", *sys.argv[sys.argv.index("--") + 1 :]]
+    sys.path.insert(0, comfyui)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy_aimdo.control
+    from comfy.cli_args import enables_dynamic_vram
+
+    if enables_dynamic_vram():
+        comfy_aimdo.control.init()
+    import comfy.memory_management
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    dynamic = enables_dynamic_vram() and comfy_aimdo.control.init_devices(
+        device.index for device in management.get_all_torch_devices()
+    )
+    if dynamic:
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
+
+    import conftest  # noqa: F401  registers the package
+    import torch
+
+    torch.save(report(checkpoint_path, lora_path), out)
+
+
+def report(checkpoint_path: str, lora_path: str) -> dict:
+    """Outputs (float32 tensors) and sizes (bytes) of one run."""
+    import comfy.model_management as management
+    import comfy.sd
+    import comfy.utils
+    import torch
+    from flux_models import forward, inputs
+    from svdq.loaders import open_checkpoint
+    from svdq.model import load_flux
+
+    checkpoint = open_checkpoint(checkpoint_path)
+    arguments = inputs(checkpoint, size=32, tokens=64)
+    patcher = load_flux(checkpoint_path)
+    on_gpu = patcher.load_device.type == "cuda"
+    if on_gpu:
+        forward(patcher, arguments)  # the first pass of a process rounds differently in a few places (library set-up)
+        management.unload_all_models()
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    plain = forward(patcher, arguments)
+    result = {
+        "patcher": type(patcher).__name__,
+        "dynamic": patcher.is_dynamic(),
+        "file_bytes": checkpoint.file_bytes,
+        "model_size": patcher.model_size(),
+        "loaded_size": patcher.loaded_size(),
+        "allocated": torch.cuda.memory_allocated() - before if on_gpu else 0,
+        "plain": plain,
+    }
+    lora = comfy.utils.load_torch_file(lora_path)
+    patched = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0)[0]
+    result["lora"] = forward(patched, arguments)
+    result["plain_again"] = forward(patcher, arguments)
+    if on_gpu:
+        patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
+        result["after_partial_unload"] = forward(patcher, arguments, load=False)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""ComfyUI's memory modes, each in a process of its own: every one gives the same bits and honest sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import find_comfyui
+from flux_models import relative
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+MODES = {
+    "dynamic": ["--enable-dynamic-vram"],
+    "static": ["--disable-dynamic-vram"],
+    "lowvram": ["--lowvram", "--disable-dynamic-vram"],
+    "novram": ["--novram"],
+    "highvram": ["--highvram"],
+    "cpu": ["--cpu"],
+}
+GPU_MODES = [mode for mode in MODES if mode != "cpu"]
+LORA_RANK = 8
+
+
+def write_lora(path: Path, config) -> None:
+    """A LoRA on every kind of quantized layer, in ComfyUI's key form. (Core itself rounds a LoRA into a 16-bit layer
+    differently from mode to mode.)"""
+    from safetensors.torch import save_file
+
+    hidden, generator, tensors = config.hidden_size, torch.Generator().manual_seed(5), {}
+    for name, n, k in (
+        ("double_blocks.0.img_attn.qkv", 3 * hidden, hidden),
+        ("double_blocks.0.txt_mlp.2", hidden, 4 * hidden),
+        ("double_blocks.0.img_mod.lin", 6 * hidden, hidden),
+        ("single_blocks.0.linear1", 7 * hidden, hidden),
+        ("single_blocks.0.linear2", hidden, 5 * hidden),
+    ):
+        down = torch.randn(LORA_RANK, k, generator=generator) * k**-0.5
+        up = torch.randn(n, LORA_RANK, generator=generator) * 0.1
+        tensors |= {f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up}
+    save_file(tensors, str(path))
+
+
+@pytest.fixture(scope="module")
+def run_mode(comfy, tmp_path_factory: pytest.TempPathFactory):
+    """Result of gpu_worker.py in a mode; each mode runs once."""
+    from svdq.cli.synth import synth
+    from svdq.loaders import open_checkpoint
+
+    folder = tmp_path_factory.mktemp("modes")
+    checkpoint, lora = folder / "dev.safetensors", folder / "lora.safetensors"
+    synth(checkpoint, variant="dev", scale="tiny", seed=2)
+    write_lora(lora, open_checkpoint(checkpoint).config)
+    results: dict[str, dict] = {}
+
+    def run(mode: str) -> dict:
+        if mode not in results:
+            out = folder / f"{mode}.pt"
+            worker = Path(__file__).with_name("gpu_worker.py")
+            command = [sys.executable, worker, find_comfyui(), checkpoint, out, lora, "--", *MODES[mode]]
+            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, f"{mode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            results[mode] = torch.load(out)
+        return results[mode]
+
+    return run
+
+
+def check(result: dict) -> None:
+    assert torch.isfinite(result["plain"]).all()
+    assert torch.equal(result["plain"], result["plain_again"]), "removing a LoRA must restore every bit"
+    assert relative(result["lora"], result["plain"]) > 1e-3, "the LoRA must do something"
+    assert result["model_size"] == pytest.approx(result["file_bytes"], rel=0.05)
+    if "after_partial_unload" in result:
+        assert torch.equal(result["after_partial_unload"], result["plain"])
+
+
+def test_cpu_mode(run_mode) -> None:
+    result = run_mode("cpu")
+    assert not result["dynamic"]
+    assert result["patcher"] == "SVDQModelPatcher"
+    check(result)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", GPU_MODES)
+def test_gpu_mode(mode: str, run_mode) -> None:
+    result = run_mode(mode)
+    assert result["dynamic"] == (mode == "dynamic")
+    assert result["patcher"] == ("SVDQModelPatcherDynamic" if mode == "dynamic" else "SVDQModelPatcher")
+    check(result)
+    reference = run_mode("static")
+    for key in ("plain", "lora"):
+        assert torch.equal(result[key], reference[key]), f"{key}: {mode} differs from static"
+
