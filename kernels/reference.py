@@ -13,6 +13,7 @@ from .int4 import AWQ, GROUP, SHIFT, SIGNED_MAX, UNSIGNED_MAX, W4A4, PackedAWQ, 
 
 # Rows that are unpacked at a time: bounds the float32 temporaries of a dequantization to about 256 MB.
 _ROW_ELEMENTS = 16 * 1024 * 1024
+_FP16_MAX = 65504.0
 
 
 def quantize_act(
@@ -51,7 +52,7 @@ def gemm_w4a4(
     """INT4 GEMM + low-rank up + bias, accumulated in float32, rounded once.
 
     codes: int8 [M, K] · ascales: T [M, G] · lora_act: float32 [M, R], rounded to T as the tensor cores need it ·
-    weight: natural order · bias: [N] or None. Returns [M, N] in ``out_dtype`` (default T).
+    weight: natural order · bias: [N] or None. Returns [M, N] in ``out_dtype`` (default T); fp16 saturates at 65504.
     """
     dtype = ascales.dtype
     activation = codes.float() * ascales.float().repeat_interleave(GROUP, dim=1)
@@ -60,7 +61,7 @@ def gemm_w4a4(
     if bias is not None:
         y = y + bias.float()
     y = y + lora_act.to(dtype).float() @ weight.proj_up.float().t()
-    return y.to(out_dtype or dtype)
+    return _round(y, out_dtype or dtype)
 
 
 def linear_w4a4(x: Tensor, weight: W4A4, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -159,7 +160,12 @@ def linear_parts_w4a4(x: Tensor, parts: tuple[PackedW4A4, ...], axis: int, bias:
         column0 += part.k
     if bias is not None:
         total = total + bias.float()
-    return total.to(x.dtype)
+    return _round(total, x.dtype)
+
+
+def _round(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to ``dtype``; fp16 saturates instead of overflowing, as in the original engine."""
+    return y.clamp(-_FP16_MAX, _FP16_MAX).to(dtype) if dtype == torch.float16 else y.to(dtype)
 
 
 def dequantize_packed_awq(weight: PackedAWQ, dtype: torch.dtype) -> Tensor:

@@ -31,4 +31,6 @@ def open_checkpoint(path: str | os.PathLike[str], reader: Reader = mapped_reader
         return open_legacy_folder(path, reader)
     if not os.path.exists(path):
         raise problem(path, "file", "nothing there", "a checkpoint file or folder", "Check the path")
+    if not os.path.isfile(path):
+        raise problem(path, "file", "neither file nor folder", "a checkpoint file or folder", "Check the path")
     return open_single_file(path, reader)

@@ -26,6 +26,11 @@ PLAIN = ("BF16", "F16", "F32")
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 _TIME_EMBEDDING = 256
 _SHOWN = 3
+_INCOMPLETE = "The file is incomplete: download or convert it again"
+_CONVERT = "Convert the model again"
+
+TensorTable = dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]
+"""Canonical name -> (allowed dtypes, nominal shape with None where any size goes)."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,9 @@ def _read_config(tensors: TensorSet) -> FluxConfig:
     def matrix(name: str) -> tuple[int, int]:
         info = tensors.infos.get(name)
         if info is None:
-            raise tensors.error(name, "no such key", "the layer", "The file is incomplete: download or convert it again")
+            raise tensors.error(name, "no such key", "the layer", _INCOMPLETE)
         if len(info.shape) != 2:
-            raise tensors.error(name, f"shape {list(info.shape)}", "a matrix", "Convert the model again")
+            raise tensors.error(name, f"shape {list(info.shape)}", "a matrix", _CONVERT)
         return info.shape
 
     hidden, in_channels = matrix("x_embedder.weight")
@@ -126,10 +131,12 @@ def _read_config(tensors: TensorSet) -> FluxConfig:
             "x_embedder.weight", f"hidden size {hidden}", f"a multiple of {layout.TILE_K}",
             "INT4 tiles need that: the model cannot be used in this format",
         )  # fmt: skip
-    if in_channels % 4:
-        raise tensors.error(
-            "x_embedder.weight", f"{in_channels} input channels", "a multiple of 4 (2x2 patches)", "Convert the model again"
-        )
+    if in_channels % 4 or in_channels == 0:
+        found = f"{in_channels} input channels"
+        raise tensors.error("x_embedder.weight", found, "a multiple of 4 (2x2 patches)", _CONVERT)
+    for name in ("context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"):
+        if matrix(name)[1] == 0:
+            raise tensors.error(name, "no inputs", "at least one", _CONVERT)
     return FluxConfig(
         hidden_size=hidden,
         depth=_count_blocks(tensors, "transformer_blocks"),
@@ -151,19 +158,20 @@ def _count_blocks(tensors: TensorSet, prefix: str) -> int:
             indices.add(int(index))
     missing = next((i for i in range(len(indices)) if i not in indices), None)
     if missing is not None or not indices:
-        raise problem(
-            tensors.path, f"{prefix}.{missing or 0}", "no such block", f"blocks 0 to {max(indices, default=0)} without a gap",
-            "The file is incomplete: download or convert it again",
-        )  # fmt: skip
+        expected = f"blocks 0 to {max(indices, default=0)} without a gap"
+        raise problem(tensors.path, f"{prefix}.{missing or 0}", "no such block", expected, _INCOMPLETE)
     return len(indices)
 
 
-def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]:
-    """Canonical name -> (allowed dtypes, nominal shape with None where any size goes)."""
+def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
+    """Every tensor that a checkpoint of this size may have; None stands for ranks and padded rows."""
     hidden, mlp = config.hidden_size, config.mlp_size
     inner = {
-        "qkv_proj": (3 * hidden, hidden), "out_proj": (hidden, hidden), "mlp_fc1": (mlp, hidden), "mlp_fc2": (hidden, mlp),
-    }  # fmt: skip
+        "qkv_proj": (3 * hidden, hidden),
+        "out_proj": (hidden, hidden),
+        "mlp_fc1": (mlp, hidden),
+        "mlp_fc2": (hidden, mlp),
+    }
     plain = {
         "x_embedder": (hidden, config.in_channels),
         "context_embedder": (hidden, config.context_in_dim),
@@ -176,7 +184,7 @@ def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> dict[str, tup
         plain[f"time_text_embed.{embedder}_embedder.linear_1"] = (hidden, width)
         plain[f"time_text_embed.{embedder}_embedder.linear_2"] = (hidden, hidden)
 
-    expected: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {}
+    expected: TensorTable = {}
     for source in layers.values():
         if isinstance(source, W4A4Source):
             for name in source.parts:
@@ -218,7 +226,7 @@ def _check_tensors(tensors: TensorSet, config: FluxConfig, layers: dict[str, Sou
         raise problem(
             tensors.path, _some(missing), f"{len(missing)} of {len(expected)} keys missing",
             f"all layers of a FLUX model with {config.depth} + {config.depth_single_blocks} blocks",
-            "The file is incomplete: download or convert it again",
+            _INCOMPLETE,
         )  # fmt: skip
     extra = [tensors.key(name) for name in tensors.infos if name not in expected]
     if extra:
@@ -231,7 +239,7 @@ def _check_tensors(tensors: TensorSet, config: FluxConfig, layers: dict[str, Sou
         if info is None:
             continue
         if info.dtype not in dtypes:
-            raise tensors.error(name, f"dtype {info.dtype}", " or ".join(dtypes), "Convert the model again")
+            raise tensors.error(name, f"dtype {info.dtype}", " or ".join(dtypes), _CONVERT)
         fits = len(info.shape) == len(shape) and all(w in (None, h) for w, h in zip(shape, info.shape, strict=True))
         if not fits:
             wanted = [("any" if size is None else size) for size in shape]
@@ -251,9 +259,8 @@ def _check_free_sizes(tensors: TensorSet, config: FluxConfig, layers: dict[str, 
             for leaf in ("wscales", "wzeros"):
                 rows = tensors.infos[f"{source.name}.{leaf}"].shape[0]
                 if rows not in (groups, padded_groups):
-                    raise tensors.error(
-                        f"{source.name}.{leaf}", f"{rows} rows", f"{groups} (one for 64 inputs)", "Convert the model again"
-                    )
+                    expected = f"{groups} (one for 64 inputs)"
+                    raise tensors.error(f"{source.name}.{leaf}", f"{rows} rows", expected, _CONVERT)
         elif isinstance(source, W4A4Source):
             for name in source.parts:
                 rank = _rank(tensors, name)
@@ -266,19 +273,18 @@ def _rank(tensors: TensorSet, name: str) -> int:
     if not found:
         return 0
     if len(found) == 1:
-        raise tensors.error(f"{name}.{found[0]}", "only one of lora_down and lora_up", "both", "Convert the model again")
+        raise tensors.error(f"{name}.{found[0]}", "only one of lora_down and lora_up", "both", _CONVERT)
     down, up = (tensors.infos[f"{name}.{leaf}"].shape[1] for leaf in flux_names.LOW_RANK_LEAVES)
     if down != up:
-        raise tensors.error(f"{name}.lora_up", f"rank {up}", f"rank {down}, as lora_down", "Convert the model again")
+        raise tensors.error(f"{name}.lora_up", f"rank {up}", f"rank {down}, as lora_down", _CONVERT)
     if down % RANK_MULTIPLE:
-        raise tensors.error(
-            f"{name}.lora_down", f"rank {down}", f"a multiple of {RANK_MULTIPLE}", "Convert the model again, padding the rank"
-        )
+        expected = f"a multiple of {RANK_MULTIPLE}"
+        raise tensors.error(f"{name}.lora_down", f"rank {down}", expected, f"{_CONVERT}, padding the rank")
     return down
 
 
 def _some(names: Iterable[str]) -> str:
-    names = [repr(name)[1:-1] for name in names]  # repr: control characters and quotes in hostile names
+    names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
@@ -309,7 +315,7 @@ def _check_metadata(path: str, metadata: dict[str, str], config: FluxConfig) -> 
         if declared.get(key, value) != value:
             raise problem(
                 path, f"metadata config {key}", f"{value} blocks in the file", f"{declared[key]}",
-                "The file is incomplete: download or convert it again",
+                _INCOMPLETE,
             )  # fmt: skip
     for key, value in (
         ("in_channels", config.in_channels),
@@ -318,7 +324,8 @@ def _check_metadata(path: str, metadata: dict[str, str], config: FluxConfig) -> 
         ("guidance_embeds", config.guidance_embed),
     ):
         if declared.get(key, value) != value:
-            notes.append(f"{path}: metadata config {key}: found {declared[key]}, but the tensors say {value}; they count")
+            found = f"found {declared[key]}, but the tensors say {value}; they count"
+            notes.append(f"{path}: metadata config {key}: {found}")
     return notes
 
 
@@ -385,7 +392,7 @@ def _read_plain(source: PlainSource, get: Callable[[str], Tensor]) -> PlainLayer
 
 
 def _sum_exactly(biases: list[Tensor]) -> Tensor:
-    """The sum in the stored type where that is exact (one of the two is zero in all published files), else in float32."""
+    """The sum, in the stored type where that is exact (one of two is zero in published files), else in float32."""
     total = torch.stack([bias.float() for bias in biases]).sum(dim=0)
     rounded = total.to(biases[0].dtype)
     return rounded if torch.equal(rounded.float(), total) else total

@@ -15,10 +15,8 @@ def refuse_other_files(path: str, tensors: dict[str, TensorInfo]) -> None:
     if blocks:
         _refuse_nvfp4(path, tensors)
         if not any(key.startswith("single_transformer_blocks.") for key in blocks):
-            raise problem(
-                path, blocks[0], "an SVDQuant file without single_transformer_blocks: another model, such as Qwen-Image",
-                _EXPECTED, "Load it with a node for that model",
-            )  # fmt: skip
+            what = "an SVDQuant file without single_transformer_blocks: another model, such as Qwen-Image"
+            raise problem(path, blocks[0], what, _EXPECTED, "Load it with a node for that model")
         return
     key, what, remedy = _describe(keys, quantized)
     raise problem(path, key, what, _EXPECTED, remedy)
@@ -43,7 +41,7 @@ def _describe(keys: list[str], quantized: list[str]) -> tuple[str, str, str]:
         return "tensors", "none at all", "Download the file again"
     if quantized:
         return quantized[0], "a quantized model that is not FLUX.1", "Load it with a node for that model"
-    if key := first("lora_A", "lora_B", "lora_down", "lora_up", "lora_unet_", ".lokr_", ".hada_", ".dora_scale"):
+    if key := first("lora", ".lokr_", ".hada_", ".oft_", ".dora_scale"):
         return key, "a LoRA", "Put it in models/loras and load it with LoraLoaderModelOnly behind this node"
     if key := first("double_blocks.", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"):
         return key, "a FLUX model that is not SVDQuant INT4", "Load it with the Load Diffusion Model node"

@@ -23,6 +23,7 @@ _BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_SHOWN = 400
 _FOREIGN = {
     b"PK\x03\x04": "a PyTorch pickle or zip archive",
     b"\x80\x02": "a Python pickle",
@@ -59,7 +60,14 @@ class Header:
 
 def problem(path: str, key: str, found: object, expected: object, remedy: str) -> CheckpointError:
     """A CheckpointError in the one form that all of them have."""
-    return CheckpointError(f"{path}: {key}: found {found}, expected {expected}. {remedy}.")
+    key, found, expected = (printable(str(text)) for text in (key, found, expected))
+    return CheckpointError(f"{printable(path)}: {key}: found {found}, expected {expected}. {remedy}.", found)
+
+
+def printable(text: str) -> str:
+    """``text`` on one line of reasonable length: names and values are the choice of whoever wrote the file."""
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def mapped_reader(path: str) -> Callable[[str], Tensor]:
@@ -146,7 +154,8 @@ def _tensor_entry(path: str, name: str, entry: object) -> tuple[TensorInfo, tupl
             path, name, repr(entry)[:80], "an entry with dtype, shape and data_offsets", _REDOWNLOAD
         ) from error
     if dtype not in _BITS:
-        raise problem(path, name, f"dtype {dtype}", f"one of {', '.join(_BITS)}", "This version does not know that type")
+        remedy = "This version does not know that type"
+        raise problem(path, name, f"dtype {dtype}", f"one of {', '.join(_BITS)}", remedy)
     nbytes = math.prod(shape) * _BITS[dtype] // 8
     if end - start != nbytes:
         raise problem(path, name, f"{end - start} bytes", f"{nbytes} bytes for {dtype} {list(shape)}", _REDOWNLOAD)

@@ -12,7 +12,14 @@ from ..kernels.int4 import PackedAWQ, PackedW4A4
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used. The message is one complete line: file, key, found, expected, what to do."""
+    """A file that cannot be used. The message is one complete line: file, key, found, expected, what to do.
+
+    found: what is there instead, where that is known.
+    """
+
+    def __init__(self, message: str, found: str = "") -> None:
+        super().__init__(message)
+        self.found = found
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ if "svdq" not in sys.modules:
     package.__path__ = [str(ROOT)]
     sys.modules["svdq"] = package
 
+pytest_plugins = ["server_fixture"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need an NVIDIA GPU")
@@ -80,6 +82,6 @@ def comfy() -> types.ModuleType:
 
         sys.argv = argv
     import comfy.sd
-    import comfy.utils  # noqa: F401
+    import comfy.utils
 
     return sys.modules["comfy"]

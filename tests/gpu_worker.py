@@ -44,11 +44,11 @@ def main() -> None:
 
 def report(checkpoint_path: str, lora_path: str) -> dict:
     """Outputs (float32 tensors) and sizes (bytes) of one run."""
-    import comfy.model_management as management
     import comfy.sd
     import comfy.utils
     import torch
     from flux_models import forward, inputs
+
     from svdq.loaders import open_checkpoint
     from svdq.model import load_flux
 
@@ -56,10 +56,6 @@ def report(checkpoint_path: str, lora_path: str) -> dict:
     arguments = inputs(checkpoint, size=32, tokens=64)
     patcher = load_flux(checkpoint_path)
     on_gpu = patcher.load_device.type == "cuda"
-    if on_gpu:
-        forward(patcher, arguments)  # the first pass of a process rounds differently in a few places (library set-up)
-        management.unload_all_models()
-        torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     plain = forward(patcher, arguments)
     result = {

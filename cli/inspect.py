@@ -1,0 +1,215 @@
+"""``inspect``: what is in a checkpoint, and how it would run here. Says as much as it can about any other file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..loaders import Checkpoint
+
+_KINDS = {
+    "w4a4": "4-bit layers",
+    "low_rank": "low-rank branches",
+    "modulation": "modulation layers",
+    "plain": "16-bit layers",
+}
+
+_TELLING = ("_name_or_path", "_class_name", "_diffusers_version", "model_class", "method", "rank")
+_SHOWN_CHARACTERS = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a checkpoint file or legacy folder, or any other model file")
+    parser.add_argument("--json", action="store_true", help="print JSON; what is wrong stands in its field error")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..loaders import CheckpointError
+
+    facts, error = inspect(args.file)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(_text(facts)))
+    if error is not None:
+        raise CheckpointError(error)
+    return 0
+
+
+def inspect(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
+    """(facts, error) about the file or folder ``path``.
+
+    The facts can be written as JSON. If error is not None it is the one line that says why this is no usable
+    checkpoint, and the facts are what can be said all the same; ``facts["error"]`` holds the same line.
+    """
+    from ..loaders import CheckpointError, open_checkpoint
+
+    path = os.fspath(path)
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        return _other_facts(path, error.found) | {"error": str(error)}, str(error)
+    return _checkpoint_facts(checkpoint) | {"machine": _machine_facts(), "error": None}, None
+
+
+def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    from ..loaders.weights import AWQLinear, W4A4Linear
+
+    layers: Counter[str] = Counter()
+    dense_values = 0
+    for _, layer in checkpoint.layers():
+        quantized = "w4a4" if isinstance(layer, W4A4Linear) else "modulation"
+        layers[quantized if isinstance(layer, (W4A4Linear, AWQLinear)) else "plain"] += 1
+        dense_values += math.prod(layer.shape) + (0 if layer.bias is None else layer.shape[0])
+    config = checkpoint.config
+    return {
+        "path": checkpoint.path,
+        "file_bytes": checkpoint.file_bytes,
+        "format": checkpoint.format,
+        "variant": checkpoint.variant,
+        "precision": checkpoint.precision,
+        "ranks": {str(rank): count for rank, count in checkpoint.ranks.items()},
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "config": {
+            "hidden_size": config.hidden_size,
+            "double_blocks": config.depth,
+            "single_blocks": config.depth_single_blocks,
+            "in_channels": config.in_channels,
+            "context_in_dim": config.context_in_dim,
+            "vec_in_dim": config.vec_in_dim,
+            "guidance": config.guidance_embed,
+        },
+        "layers": dict(layers),
+        "bytes": _bytes_by_kind(checkpoint) | {"all_in_16_bit": 2 * dense_values},
+        "metadata": _metadata_facts(checkpoint.metadata),
+        "notes": list(checkpoint.notes),
+    }
+
+
+def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
+    from ..loaders import flux_names
+    from ..loaders.safetensors_file import read_header
+
+    config = checkpoint.config
+    sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed).values()
+    kinds = {source.name: "modulation" for source in sources if isinstance(source, flux_names.AWQSource)}
+    kinds |= {name: "w4a4" for source in sources if isinstance(source, flux_names.W4A4Source) for name in source.parts}
+    sizes = dict.fromkeys(_KINDS, 0)
+    for file in checkpoint.files:
+        for key, info in read_header(file).tensors.items():
+            layer, _, leaf = flux_names.canonical_key(key).rpartition(".")
+            sizes["low_rank" if leaf in flux_names.LOW_RANK_LEAVES else kinds.get(layer, "plain")] += info.nbytes
+    return sizes
+
+
+def _metadata_facts(metadata: dict[str, str]) -> dict[str, str]:
+    """The short strings as they are, of JSON objects the entries that tell files apart."""
+    facts = {}
+    for key, value in metadata.items():
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, dict):
+            facts |= {f"{key}.{name}": str(parsed[name])[:_SHOWN_CHARACTERS] for name in _TELLING if name in parsed}
+        else:
+            facts[key] = value[:_SHOWN_CHARACTERS]
+    return facts
+
+
+def _machine_facts() -> dict[str, Any]:
+    """What would run the model here, and why not something faster."""
+    import torch
+
+    from .. import kernels
+    from ..kernels.device import describe
+
+    device = describe("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = kernels.backend_for(device)
+    return {
+        "device": device.name,
+        "architecture": device.architecture,
+        "backend": chosen.precision,
+        "reason": chosen.reason,
+        "not_chosen": {b.precision: b.reason for b in kernels.explain(device) if b.precision != chosen.precision},
+    }
+
+
+def _other_facts(path: str, found: str) -> dict[str, Any]:
+    """What can be said about something that is not a usable checkpoint."""
+    from ..loaders import CheckpointError
+    from ..loaders.safetensors_file import read_header
+
+    facts: dict[str, Any] = {"path": path, "found": found}
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        files = [name for name in names if os.path.isfile(os.path.join(path, name))]
+        return facts | {"files": {name: os.path.getsize(os.path.join(path, name)) for name in files[:20]}}
+    if not os.path.isfile(path):
+        return facts
+    facts["file_bytes"] = os.path.getsize(path)
+    try:
+        header = read_header(path)
+    except CheckpointError:
+        return facts
+    dtypes = Counter(info.dtype for info in header.tensors.values())
+    keys = list(header.tensors)
+    return facts | {
+        "tensors": len(keys),
+        "dtypes": dict(dtypes.most_common()),
+        "first_keys": keys[:3],
+        "metadata": _metadata_facts(header.metadata),
+    }
+
+
+def _text(facts: dict[str, Any]) -> list[str]:
+    from ..loaders.safetensors_file import printable
+
+    rows = _other_rows(facts) if facts["error"] else _checkpoint_rows(facts)
+    return [printable(facts["path"])] + [f"  {label:<19} {printable(value)}" for label, value in rows]
+
+
+def _other_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("found", facts["found"])] if facts["found"] else []
+    if "file_bytes" in facts:
+        rows.append(("size", _megabytes(facts["file_bytes"])))
+    if "tensors" in facts:
+        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
+        rows.append(("tensors", f"{facts['tensors']} ({dtypes})" if dtypes else "none"))
+        rows += [("for example", key) for key in facts["first_keys"]]
+    rows += [("metadata", f"{key}: {value}") for key, value in facts.get("metadata", {}).items()]
+    rows += [("file", f"{name}, {_megabytes(size)}") for name, size in facts.get("files", {}).items()]
+    return rows
+
+
+def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    config, sizes, machine = facts["config"], facts["bytes"], facts["machine"]
+    ranks = ", ".join(f"{rank} ({count} weights)" for rank, count in facts["ranks"].items())
+    rows = [
+        ("format", {"nunchaku": "SVDQuant, single file"}.get(facts["format"], "SVDQuant, legacy folder")),
+        ("variant", f"FLUX.1 {facts['variant']}"),
+        ("precision", f"{facts['precision']} weights, {facts['dtype']} scales and low-rank branches"),
+        ("rank", ranks),
+        ("blocks", f"{config['double_blocks']} double, {config['single_blocks']} single"),
+        ("hidden size", str(config["hidden_size"])),
+        ("input", f"{config['in_channels']} channels per 2x2 patch, guidance {'yes' if config['guidance'] else 'no'}"),
+        ("layers", ", ".join(f"{facts['layers'][kind]} {_KINDS[kind]}" for kind in _KINDS if kind in facts["layers"])),
+        ("size", _megabytes(facts["file_bytes"])),
+    ]
+    rows += [(f"  {name}", _megabytes(sizes[kind])) for kind, name in _KINDS.items()]
+    rows.append(("  all in 16 bit", _megabytes(sizes["all_in_16_bit"])))
+    rows += [("metadata", f"{key}: {value}") for key, value in facts["metadata"].items()]
+    rows += [("note", note) for note in facts["notes"]]
+    rows.append(("on this machine", f"{machine['device']} ({machine['architecture']}): {machine['backend']}"))
+    rows.append((f"  {machine['backend']}", machine["reason"]))
+    rows += [(f"  not {precision}", reason) for precision, reason in machine["not_chosen"].items()]
+    return rows
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
