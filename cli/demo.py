@@ -6,6 +6,7 @@ ComfyUI is started headless with this pack installed, a shipped workflow is queu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ DEMO_WORKFLOW = "SVDQ FLUX demo.json"
 DEV_WORKFLOW = "SVDQ FLUX dev - text to image.json"
 SCHNELL_WORKFLOW = "SVDQ FLUX schnell - text to image.json"
 SCHNELL_STEPS = 4
+DEMO_SEED = 3  # of the tiny model's weights; its pictures have more structure than others'
 
 # Width of FLUX.1's T5 embedding. A file with another one is a test model, for which no text encoder exists.
 T5_WIDTH = 4096
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, metavar="FILE", help="FLUX's VAE, ae.safetensors")
     parser.add_argument("--demo-prompt", action="store_true", help="stand-ins for text encoders and VAE")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--serve", action="store_true", help="keep ComfyUI running afterwards, to open it in a browser")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,12 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with exclusive(base / "demo.lock", "Another demo of this clone is running; waiting for it."):
         job.prepare_models()
         clock.lap("demo files" if args.model is None else "header of the model file")
-        picture, loaded = _make_picture(args, job, base, clock)
-    _write_atomically(args.output, picture)
-    print(f"\nPicture    {args.output.absolute()}")
-    print(f"Model      {job.model_path}")
-    print(f"           {loaded}")
-    print(clock.report())
+        _run_comfyui(args, job, base, clock)
     return 0
 
 
@@ -107,7 +105,7 @@ class Job:
 
             path = self._models / "diffusion_models" / self.model_name
             path.parent.mkdir(parents=True, exist_ok=True)
-            synth(path, variant="dev", scale="tiny", seed=0, rank=16, force=True)
+            synth(path, variant="dev", scale="tiny", seed=DEMO_SEED, rank=16, force=True)
         else:
             self.model_name = _link(self._args.model, self._models / "diffusion_models")
         if self._args.vae:
@@ -207,10 +205,11 @@ class Clock:
         return "\n".join(f"{'' if row else 'Time':<9}{s:7.1f} s  {name}" for row, (name, s) in enumerate(rows))
 
 
-def _make_picture(args: argparse.Namespace, job: Job, base: Path, clock: Clock) -> tuple[bytes, str]:
-    """The PNG, and what the loader logged about the model."""
+def _run_comfyui(args: argparse.Namespace, job: Job, base: Path, clock: Clock) -> None:
+    """Start ComfyUI, make and save the picture, report, and with --serve wait for Ctrl-C."""
     folders = {"text_encoders": [args.text_encoders.absolute()]} if args.text_encoders else {}
-    server = ComfyServer(base, cpu=args.cpu or None, model_folders=folders)
+    previews = ("--preview-method", "latent2rgb")  # as most people have it; ComfyUI starts without
+    server = ComfyServer(base, cpu=args.cpu or None, extra_arguments=previews, model_folders=folders)
     print("Starting ComfyUI ...", flush=True)
     try:
         with server:
@@ -228,7 +227,13 @@ def _make_picture(args: argparse.Namespace, job: Job, base: Path, clock: Clock) 
                 progress.status.clear()
             picture = server.client.image(**images_of(entry)[0])
             clock.lap("VAE and PNG")
-            return picture, _loaded(server.log_text())
+            _write_atomically(args.output, picture)
+            print(f"\nPicture    {args.output.absolute()}")
+            print(f"Model      {job.model_path}")
+            print(f"           {_loaded(server.log_text())}")
+            print(clock.report(), flush=True)
+            if args.serve:
+                _serve(server)
     except WorkflowError as error:
         raise UserError(str(error)) from error
     except ServerFailed as error:
@@ -267,6 +272,14 @@ class Progress:
     def tick(self, important: bool = False) -> None:
         """Show where things stand."""
         self.status.update(f"  {self._text} ({time.monotonic() - self._started:.0f} s)", important=important)
+
+
+def _serve(server: ComfyServer) -> None:
+    print(f"\nComfyUI is at {server.url}: open Templates, then this pack. Ctrl-C ends it.", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while server.is_running():
+            time.sleep(0.5)
+        raise UserError(server.exit_reason(), exit_code=1)
 
 
 def _open(path: Path) -> Checkpoint:

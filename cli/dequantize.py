@@ -54,11 +54,12 @@ def dequantize(
     import torch
 
     from ..loaders import open_checkpoint
-    from ..loaders.safetensors_file import problem
+    from ..loaders.safetensors_file import mapped_reader, problem
     from ..loaders.write import Spec, safetensors_writer
 
     target = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[dtype]
-    checkpoint = open_checkpoint(path)
+    # A mapping for each tensor: when a layer is dropped, its part of the file leaves memory with it.
+    checkpoint = open_checkpoint(path, lambda file: lambda key: mapped_reader(file)(key))
     if any(os.path.exists(out) and os.path.samefile(out, file) for file in checkpoint.files):
         raise problem(str(out), "file", "the checkpoint that is read", "another file", "Choose another name")
     specs: dict[str, Spec] = {}

@@ -130,14 +130,16 @@ def _machine_facts() -> dict[str, Any]:
     from ..kernels.device import describe
 
     device = describe("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = kernels.backend_for(device)
-    return {
-        "device": device.name,
-        "architecture": device.architecture,
-        "backend": chosen.precision,
-        "reason": chosen.reason,
-        "not_chosen": {b.precision: b.reason for b in kernels.explain(device) if b.precision != chosen.precision},
-    }
+    facts = {"device": device.name, "architecture": device.architecture}
+    try:
+        chosen = kernels.backend_for(device)
+    except kernels.BackendUnavailable as error:
+        facts |= {"backend": "none", "reason": str(error)}
+    else:
+        facts |= {"backend": chosen.precision, "reason": chosen.reason}
+    others = {backend.precision: backend.reason for backend in kernels.explain(device)}
+    others.pop(facts["backend"], None)
+    return facts | {"not_chosen": others}
 
 
 def _other_facts(path: str, found: str) -> dict[str, Any]:

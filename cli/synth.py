@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..loaders.flux_names import Source
     from ..loaders.weights import FluxConfig
     from ..loaders.write import Spec, WriteTensor
+    from .synth_weights import WeightMaker
 
 # Variant -> (input channels per 2x2 patch, guidance embedder).
 VARIANTS = {
@@ -105,12 +107,12 @@ def flux_config(variant: str, scale: str) -> FluxConfig:
     return FluxConfig(hidden, depth, depth_single, in_channels, 64, context, vector, guidance)
 
 
-def _make_all(maker: object, write: WriteTensor, progress: Callable[[int, int], None]) -> None:
+def _make_all(maker: WeightMaker, write: WriteTensor, progress: Callable[[int, int], None]) -> None:
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     layers = maker.layers()
 
-    def make(source: object) -> None:
+    def make(source: Source) -> None:
         for name, tensor in maker.tensors(source):
             write(name, tensor)
 
@@ -126,7 +128,9 @@ def _make_all(maker: object, write: WriteTensor, progress: Callable[[int, int], 
 
 
 @contextlib.contextmanager
-def _single_file(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], force: bool):
+def _single_file(
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], force: bool
+) -> Iterator[WriteTensor]:
     from ..loaders.write import safetensors_writer
 
     with safetensors_writer(path, specs, metadata, force) as write:
@@ -134,19 +138,23 @@ def _single_file(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, s
 
 
 @contextlib.contextmanager
-def _legacy_folder(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], force: bool):
+def _legacy_folder(
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], force: bool
+) -> Iterator[WriteTensor]:
     """The two files and two configurations of a legacy folder, made beside ``path`` and then moved there."""
     from ..loaders.legacy import BLOCKS_FILE, OUTER_FILE
     from ..loaders.safetensors_file import problem
-    from ..loaders.write import safetensors_writer
+    from ..loaders.write import check_target, safetensors_writer
 
     if path.exists() and not (force and path.is_dir()):
-        raise problem(str(path), "folder", "something that is there already", "a new folder", "Choose another name")
+        remedy = "Choose another name" + (" or add --force" if path.is_dir() else "")
+        raise problem(str(path), "folder", "something that exists", "a new folder", remedy)
+    check_target(path / BLOCKS_FILE if path.is_dir() else path, sum(spec.nbytes for spec in specs.values()), force=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     blocks = {name: spec for name, spec in specs.items() if "transformer_blocks." in name}
     outer = {name: spec for name, spec in specs.items() if name not in blocks}
     try:
-        unfinished.mkdir(parents=False)
+        unfinished.mkdir()
         with (
             safetensors_writer(unfinished / BLOCKS_FILE, blocks, {}) as write_block,
             safetensors_writer(unfinished / OUTER_FILE, outer, {}) as write_outer,

@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
     os.chdir(ROOT)
     check = [sys.executable, "-m", "ruff", "check", "."]
     ruff = subprocess.run(check, stdin=subprocess.DEVNULL, check=False).returncode
+    print(f"ruff: {'passed' if ruff == 0 else 'FAILED, see above'}", flush=True)
 
     # In this process: "python -m pytest" would put the clone on sys.path, where our nodes hide ComfyUI's.
     import pytest
 
     code = int(pytest.main([*_SLOWEST, *(["--gpu"] if args.gpu else []), *args.passed_on]))
-    verdict = "passed" if ruff == 0 else "FAILED, see above"
-    print(f"ruff: {verdict}; {time.time() - args.started:.0f} s in all", flush=True)
+    print(f"{time.time() - args.started:.0f} s in all{'' if ruff == 0 else '; ruff FAILED'}", flush=True)
     if code == pytest.ExitCode.INTERRUPTED:
         return EXIT_INTERRUPTED
     return code or ruff

@@ -29,8 +29,9 @@ def unpack_qweight(qweight: Tensor) -> Tensor:
     # An arithmetic shift right sign-extends the nibble that was shifted to the top.
     low = (packed << 4) >> 4
     high = packed >> 4
-    nibbles = torch.stack((low, high), dim=-1)
-    return nibbles.permute(0, 2, 5, 3, 1, 6, 4, 7, 8).reshape(n, k)
+    # The eight codes of a word stay together: moved as one int64 they move several times faster.
+    words = torch.stack((low, high), dim=-1).flatten(-2).view(torch.int64).squeeze(-1)
+    return words.permute(0, 2, 5, 3, 1, 6, 4).reshape(n, k // 8).view(torch.int8)
 
 
 def pack_qweight(codes: Tensor) -> Tensor:
@@ -127,11 +128,10 @@ def unpack_awq(qweight: Tensor) -> Tensor:
     word = n/4 * (K/2) + k/64 * 32 + n%4 * 8 + k%64/32 * 4 + k%8/2, bit = 16 * (k%2) + 4 * (k%32/8).
     """
     n, k = qweight.shape[0] * 4, qweight.shape[1] * 2
-    # axes: n/4, k/64, n%4, k/32%2, k%8/2
-    words = qweight.reshape(n // 4, k // 64, 4, 2, 4)
-    shifts = torch.tensor([[0, 4, 8, 12], [16, 20, 24, 28]], dtype=torch.int32, device=qweight.device)
-    codes = ((words[..., None, None] >> shifts) & 0x0F).to(torch.uint8)  # + k%2, k/8%4
-    return codes.permute(0, 2, 1, 3, 6, 4, 5).reshape(n, k)
+    # axes: n/4, k/64, n%4, k/32%2, k%8/2, k%2, k/16%2; the last two are the bytes of the word
+    packed = qweight.contiguous().view(torch.uint8).reshape(n // 4, k // 64, 4, 2, 4, 2, 2)
+    codes = torch.stack((packed & 0x0F, packed >> 4), dim=-1)  # + k/8%2
+    return codes.permute(0, 2, 1, 3, 6, 7, 4, 5).reshape(n, k)
 
 
 def pack_awq(codes: Tensor) -> Tensor:

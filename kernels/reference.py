@@ -100,18 +100,20 @@ def dequantize_w4a4(weight: W4A4, dtype: torch.dtype = torch.float32) -> tuple[T
     Returns (W_eff [N, K] in ``dtype``, shift term float32 [N] or None): an unsigned layer fed with unshifted input
     needs ``bias + shift term`` (see int4.py).
     """
-    main = weight.q.float() * weight.wscales.float().repeat_interleave(GROUP, dim=1)
-    main = main / weight.smooth_factor.float()
-    shift_term = SHIFT * main.sum(dim=1) if weight.act_unsigned else None
-    dense = torch.addmm(main, weight.proj_up.float(), weight.proj_down.float())
+    main = weight.q.float().reshape(*weight.wscales.shape, GROUP).mul_(weight.wscales.float()[..., None])
+    main = main.reshape(weight.q.shape).div_(weight.smooth_factor.float())
+    # In float64, so that its 16-bit rounding does not depend on the order of a device's sum. MPS has no float64.
+    exact = torch.float32 if main.device.type == "mps" else torch.float64
+    shift_term = (SHIFT * main.sum(dim=1, dtype=exact)).float() if weight.act_unsigned else None
+    dense = main.addmm_(weight.proj_up.float(), weight.proj_down.float())
     return dense.to(dtype), shift_term
 
 
 def dequantize_awq(weight: AWQ, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight [N, K] of an AWQ layer in ``dtype``: one fused multiply-add, one rounding."""
-    scales = weight.wscales.float().repeat_interleave(GROUP, dim=1)
-    zeros = weight.wzeros.float().repeat_interleave(GROUP, dim=1)
-    return (weight.code.float() * scales + zeros).to(dtype)
+    scales, zeros = weight.wscales.float()[..., None], weight.wzeros.float()[..., None]
+    dense = weight.code.float().reshape(*weight.wscales.shape, GROUP).mul_(scales).add_(zeros)
+    return dense.reshape(weight.code.shape).to(dtype)
 
 
 def dequantize_parts(

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from svdq.cli.comfy_client import ComfyClient
 from svdq.cli.comfy_server import ComfyServer
+from svdq.cli.dequantize import dequantize
 from svdq.cli.environment import comfyui_path
 from svdq.cli.synth import synth
 from svdq.loaders.demo_assets import write_demo_vae
@@ -50,6 +51,8 @@ BAD_MODELS = {
     "bad-truncated.safetensors": "Download the file again",
     "bad-web-page.safetensors": "a web page",
     "bad-vae.safetensors": "a VAE",
+    "bad-lora.safetensors": "a LoRA",
+    "bad-16-bit.safetensors": "a FLUX model that is not SVDQuant INT4",
     "bad-legacy-folder": OUTER_FILE,
 }
 
@@ -138,6 +141,8 @@ def _write_models(models: Path) -> Path:
     (diffusion / "bad-truncated.safetensors").write_bytes(content[: len(content) // 2])
     (diffusion / "bad-web-page.safetensors").write_bytes(b"<!DOCTYPE html><title>Sign in</title>" * 100)
     shutil.copyfile(vae / DEMO_VAE, diffusion / "bad-vae.safetensors")
+    shutil.copyfile(models / "loras" / LORA, diffusion / "bad-lora.safetensors")
+    dequantize(diffusion / DEMO_MODEL, diffusion / "bad-16-bit.safetensors", dtype="bf16")
     (diffusion / "bad-legacy-folder").mkdir()
     shutil.copyfile(diffusion / DEMO_MODEL, diffusion / "bad-legacy-folder" / BLOCKS_FILE)
     return diffusion / DEMO_MODEL

@@ -133,13 +133,18 @@ def test_synth_refuses_a_rank_that_does_not_fit(options: dict[str, Any], match: 
 
 
 def test_targets_that_cannot_be_written(dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r"no folder .*Create it first"):
-        synth(tmp_path / "missing" / "out.safetensors")
+    for container in ("single", "folder"):
+        with pytest.raises(CheckpointError, match=r"no folder .*Create it first"):
+            synth(tmp_path / "missing" / "out", container=container)
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match="a folder of that name"):
         dequantize(dev, tmp_path / "folder", force=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1_000_000))
-    for run in (lambda: synth(tmp_path / "x"), lambda: dequantize(dev, tmp_path / "x")):
+    for run in (
+        lambda: synth(tmp_path / "x"),
+        lambda: synth(tmp_path / "x", container="folder"),
+        lambda: dequantize(dev, tmp_path / "x"),
+    ):
         with pytest.raises(CheckpointError, match=r"free disk space: found 0.0 GB, expected 0.0 GB\. Make room"):
             run()
 
