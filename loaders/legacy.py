@@ -23,7 +23,7 @@ def open_legacy_folder(path: str, reader: Reader = mapped_reader) -> Checkpoint:
                     f"Download {name} into the folder",
                 )  # fmt: skip
             raise problem(
-                path, name, "a folder without it", f"a legacy SVDQuant folder with {BLOCKS_FILE} and {OUTER_FILE}",
+                path, name, "no such file", f"a legacy SVDQuant folder with {BLOCKS_FILE} and {OUTER_FILE}",
                 "Choose such a folder or a svdq-int4 .safetensors file",
             )  # fmt: skip
     headers = [read_header(os.path.join(path, name)) for name in (BLOCKS_FILE, OUTER_FILE)]

@@ -297,7 +297,7 @@ def test_inspect_of_other_files(as_json: bool, dev: Path, tmp_path: Path, comman
     lora = changed(dev, keep_lora, "lora.safetensors")
     short = tmp_path / "short.safetensors"
     short.write_bytes(dev.read_bytes()[:1000])
-    cases = {lora: "a LoRA", short: "1000 bytes", tmp_path: "a folder without it", tmp_path / "none": "nothing there"}
+    cases = {lora: "a LoRA", short: "1000 bytes", tmp_path: "no such file", tmp_path / "none": "nothing there"}
     for path, found in cases.items():
         code, out, err = command("inspect", path, *(["--json"] if as_json else []))
         assert code == 2 and err.startswith(f"error: {path}: ") and err.count("\n") == 1
