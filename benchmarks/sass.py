@@ -1,0 +1,165 @@
+"""What the compiler makes of a kernel, for GPUs that are not in this machine: static figures from its machine code.
+
+Triton's own package carries ptxas and cuobjdump, so nothing else is needed: no GPU, no driver, no CUDA toolkit.
+
+    python3 benchmarks/sass.py [sm_86 ...]       prints a row for each tile and type of the INT4 GEMM
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"BRA (?:0x)?([0-9a-f]+)\b")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Static figures of one compiled kernel.
+
+    instructions_per_mma: issued instructions of the main loop per MMA in it; NaN where no loop has one ·
+    mmas: MMAs of the main loop · registers: of a thread · spill_bytes: local memory of a thread · shared_bytes: of a
+    block · epilogue_instructions: behind the main loop, in the machine code's order · opcodes: of the main loop.
+    """
+
+    instructions_per_mma: float
+    mmas: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    epilogue_instructions: int
+    opcodes: Counter
+
+    @property
+    def loop_spills(self) -> int:
+        """Instructions of the main loop that read or write local memory."""
+        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(("LDL", "STL")))
+
+
+def compile_for(fn, signature: dict[str, str], constants: dict, arch: str, warps: int, aligned: set[str]) -> Figures:
+    """Compile a Gluon kernel for ``arch`` ("sm_86") and read its machine code.
+
+    signature: Triton types of the run-time arguments in order ("*i32", "i32") · constants: its constexpr arguments ·
+    aligned: arguments that are multiples of 16 (for pointers: bytes), which the launcher finds out by itself.
+    """
+    full = signature | dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(full) if name in aligned}
+    source = GluonASTSource(fn=fn, signature=full, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": warps})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        sass = _cuobjdump("-sass", cubin)
+        usage = _cuobjdump("-res-usage", cubin)
+    registers, stack = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return read_sass(sass, "IMMA", registers, stack, kernel.metadata.shared)
+
+
+def read_sass(sass: str, mma: str, registers: int, spill_bytes: int, shared_bytes: int) -> Figures:
+    """Figures from the text of ``cuobjdump -sass``: the main loop is the backward branch over most ``mma`` opcodes."""
+    code = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    best: list[str] = []
+    behind = 0
+    for i, (address, text) in enumerate(code):
+        branch = _BRANCH.search(text)
+        if branch is None or int(branch.group(1), 16) >= address:
+            continue
+        body = [_opcode(t) for a, t in code[: i + 1] if a >= int(branch.group(1), 16)]
+        if _count(body, mma) > _count(best, mma):
+            best, behind = body, sum(not t.startswith("NOP") for _, t in code[i + 1 :])
+    mmas = _count(best, mma)
+    return Figures(
+        instructions_per_mma=len(best) / mmas if mmas else float("nan"),
+        mmas=mmas,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=shared_bytes,
+        epilogue_instructions=behind,
+        opcodes=Counter(best),
+    )
+
+
+def gemm_int4_figures(
+    tile, arch: str, dtype: str = "bf16", act_unsigned: bool = False, out: str = "", after: str = "NONE"
+) -> Figures:
+    """The INT4 GEMM with one tile; dtype and out: "bf16", "fp16" (out also "fp32"; default dtype); after: one of
+    epilogue.KINDS."""
+    from svdq.kernels.epilogue import KINDS
+    from svdq.kernels.gemm_int4 import gemm_w4a4_kernel
+
+    types = {"bf16": 0, "fp16": 1, "fp32": 2}
+    out = out or dtype
+    pointers = dict.fromkeys(("act_ptr", "ascales_ptr", "qweight_ptr", "wscales_ptr"), "*i32")
+    pointers |= {"lora_act_ptr": "*fp32", "proj_up_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    pointers |= {"out_ptr": "*fp32" if out == "fp32" else "*i32"}
+    pointers |= {"gate_ptr": "*i32", "residual_ptr": "*i32", "norm_q_ptr": f"*{dtype}", "norm_k_ptr": f"*{dtype}"}
+    pointers |= {"rotary_ptr": "*fp32"}
+    sizes = dict.fromkeys(("M", "N", "K", "R", "row_blocks", "bias_size", "rows_per_gate"), "i32")
+    constants = {
+        "ACT_UNSIGNED": act_unsigned,
+        "T": types[dtype],
+        "OUT": types[out],
+        "EPILOGUE": KINDS.index(after),
+        "M16": tile.m16_per_warp,
+        "N8": tile.n8_per_warp,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "STAGES": tile.stages,
+        "GROUP_M": tile.group_m,
+    }
+    return compile_for(gemm_w4a4_kernel, pointers | sizes, constants, arch, tile.warps, {*pointers, "N", "K", "R"})
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _opcode(text: str) -> str:
+    return re.sub(r"^@!?U?PT?\d* ", "", text).split()[0]
+
+
+def _count(body: list[str], prefix: str) -> int:
+    return sum(opcode.startswith(prefix) for opcode in body)
+
+
+_ROWS = {
+    "bf16 s4xs4": {},
+    "bf16 u4xs4": {"act_unsigned": True},
+    "fp16 s4xs4": {"dtype": "fp16"},
+    "+ GELU": {"after": "GELU"},
+    "+ gate, residual": {"after": "GATE_RESIDUAL"},
+    "+ norm, RoPE": {"after": "NORM_ROPE"},
+}
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import conftest  # noqa: F401  makes the clone importable as svdq
+
+    from svdq.kernels.tiles import TILES
+
+    print(f"Triton {triton.__version__}")
+    print("arch   block    stages kind             per MMA  registers  spills  shared  epilogue")
+    for arch in sys.argv[1:] or ("sm_80", "sm_86", "sm_89"):
+        for tile in TILES[arch]:
+            for kind, options in _ROWS.items():
+                f = gemm_int4_figures(tile, arch, **options)
+                block = f"{tile.block_m:3} x {tile.block_n}  {tile.stages}     "
+                usage = f"{f.registers:9}  {f.spill_bytes:6}  {f.shared_bytes:6}  {f.epilogue_instructions:8}"
+                print(f"{arch}  {block} {kind:16} {f.instructions_per_mma:7.2f}  {usage}")
+
+
+if __name__ == "__main__":
+    main()
