@@ -230,7 +230,9 @@ class Environment:
 
     def _refuse_foreign_folder(self) -> None:
         """A ``.venv`` that somebody else made is not ours to rebuild."""
-        if self.path.exists() and not self._lock.exists() and any(self.path.iterdir()):
+        # One look at the folder: another setup of ours may be making it, with the lock as the first thing in it.
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        if names and self._lock.name not in names:
             raise UserError(f"{self.path} exists and was not made by this command; move it away and run again")
 
 

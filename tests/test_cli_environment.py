@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -420,11 +420,10 @@ def test_two_setups_at_once_build_once(tmp_path: Path, monkeypatch: pytest.Monke
         built.append(1)
 
     monkeypatch.setattr(Environment, "_build", build)
-    threads = [threading.Thread(target=Environment(tmp_path / ".venv").ensure) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        setups = [pool.submit(Environment(tmp_path / ".venv").ensure) for _ in range(3)]
+    for setup in setups:
+        setup.result()  # raises what the thread raised
     assert built == [1]
 
 
