@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint and how it would run here",
     "dequantize": "write the effective 16-bit or float32 weights under ComfyUI's FLUX names",
     "synth": "write a valid checkpoint with random weights, for tests and benchmarks",
+    "bench": "print figures of the kernels (--static: for GPUs that are not in this machine)",
 }
 
 EXIT_USER_ERROR = 2

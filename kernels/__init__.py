@@ -35,7 +35,7 @@ def explain(device: Device | torch.device | str) -> tuple[Backend, ...]:
     if not isinstance(device, Device):
         device = describe(device)
     if device.kind == "cuda" and device.capability in INT4_CAPABILITIES:
-        int4 = f"{device.architecture} has INT4 tensor cores, but this version has no INT4 kernels yet"
+        int4 = f"{device.architecture} has INT4 tensor cores, but this version does not use its INT4 kernels yet"
     elif device.capability is not None:
         int4 = f"{device.architecture} has no INT4 tensor cores"
     else:

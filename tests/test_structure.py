@@ -21,7 +21,7 @@ OWN = {
     "model": ["model", "loaders", "kernels"],
     "quantizer": ["quantizer", "loaders", "kernels"],
     "nodes": ["nodes", "model", "loaders", "kernels"],
-    "cli": ["cli", "quantizer", "loaders", "kernels"],
+    "cli": ["cli", "quantizer", "loaders", "kernels", "benchmarks"],  # bench alone uses benchmarks
 }
 COMFYUI = ["comfy", "comfy_api", "comfy_kitchen", "folder_paths", "node_helpers", "nodes"]
 # Folder -> packages from outside.
