@@ -8,6 +8,7 @@ a LoRA by requantizing the weight, or replace it by a dense one.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.lora
@@ -28,21 +29,48 @@ def is_quantized(weight: Any) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls in _QUANTIZED
 
 
-class _WeightFunctions(list):
-    """A Linear's ``weight_function`` list that hands low-VRAM patches to the Linear.
+@dataclass
+class PatchSlots:
+    """Where core and patcher.py leave the patches of one parameter that the Linear applies itself.
+
+    dynamic: in dynamic VRAM mode · partial: for modules that stay off the GPU · resident: for modules that are loaded
+    completely (set by patcher.py) · hooks: of hooks that are on (set by patcher.py).
+    """
+
+    dynamic: Any = None
+    partial: Any = None
+    resident: Any = None
+    hooks: list[lora.Patch] = field(default_factory=list)
+
+    @property
+    def holder(self) -> Any:
+        """The LowVramPatch that counts; a module is loaded in one way at a time, and partial wins while it changes."""
+        return self.dynamic or self.partial or self.resident
+
+    @property
+    def key(self) -> str:
+        return self.holder.key if self.holder is not None else "hook"
+
+    def active(self) -> list[lora.Patch]:
+        """All patches, in the order in which core would apply them."""
+        return [*(self.holder.patches.get(self.holder.key, ()) if self.holder is not None else ()), *self.hooks]
+
+
+class _Functions(list):
+    """A Linear's ``weight_function`` or ``bias_function`` list that keeps low-VRAM patches in the Linear's slots.
 
     A function in this list makes core dequantize the weight before every use. Wrappers of other packs keep that
     meaning; the patches that core puts here for partially loaded models are LoRAs, which the Linear applies itself.
     """
 
-    def __init__(self, module: QuantizedLinear, functions: Any = ()):
+    def __init__(self, module: QuantizedLinear, name: str, functions: Any = ()):
         super().__init__()
-        self._module = module
+        self._module, self._name = module, name
         self.extend(functions)
 
     def append(self, function: Any) -> None:
-        if getattr(function, "is_lowvram_patch", False) and is_quantized(self._module.weight):
-            self._module.partial_patch = function
+        if getattr(function, "is_lowvram_patch", False) and self._module.owns(self._name):
+            self._module.slots[self._name].partial = function
         else:
             super().append(function)
 
@@ -55,7 +83,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     """A stock Linear whose weight may be an SVDQuant or AWQ ``QuantizedTensor``; otherwise it is the stock class.
 
     The bias is the stored one: for layers with unsigned activations it contains the shift correction (kernels/int4.py).
-    LoRA patches are found in four places, depending on how core loaded the model; see ``active_patches``.
+    Patches are meant for the weight and bias of the dense layer, so the Linear ``owns`` those of a quantized weight and
+    of such a bias: core leaves them in ``slots`` instead of applying them.
     """
 
     backend: Backend  # set by make_operations
@@ -77,31 +106,53 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self.comfy_need_lazy_init_bias = bias
         self.weight_comfy_model_dtype = dtype
         self.bias_comfy_model_dtype = dtype
-        self.dynamic_patch = None  # set by core in dynamic VRAM mode
-        self.partial_patch = None  # set by core for modules that stay off the GPU
-        self.resident_patch = None  # set by patcher.py for modules that core loaded completely
-        self.hook_patches: list[lora.Patch] = []  # set by patcher.py
-        self._functions = _WeightFunctions(self)
+        self.slots = {"weight": PatchSlots(), "bias": PatchSlots()}
+        self._functions = {name: _Functions(self, name) for name in self.slots}
         self._columns: lora.Columns | None = None
 
     # ---- what core sets on modules
 
+    def owns(self, name: str) -> bool:
+        """Whether patches on the parameter ``name`` are this Linear's to apply."""
+        if not is_quantized(self.weight):
+            return False
+        return name == "weight" or (name == "bias" and getattr(self.weight._params, "unsigned", False))
+
     @property
-    def weight_function(self) -> _WeightFunctions:
-        return self._functions
+    def weight_function(self) -> _Functions:
+        return self._functions["weight"]
 
     @weight_function.setter
     def weight_function(self, functions: Any) -> None:
-        self.partial_patch = None
-        self._functions = _WeightFunctions(self, functions)
+        self._set_functions("weight", functions)
+
+    @property
+    def bias_function(self) -> _Functions:
+        return self._functions["bias"]
+
+    @bias_function.setter
+    def bias_function(self, functions: Any) -> None:
+        self._set_functions("bias", functions)
+
+    def _set_functions(self, name: str, functions: Any) -> None:
+        self.slots[name].partial = None
+        self._functions[name] = _Functions(self, name, functions)
 
     @property
     def weight_lowvram_function(self) -> Any:
-        return None if is_quantized(self.weight) else self.dynamic_patch
+        return None if self.owns("weight") else self.slots["weight"].dynamic
 
     @weight_lowvram_function.setter
     def weight_lowvram_function(self, patch: Any) -> None:
-        self.dynamic_patch = patch
+        self.slots["weight"].dynamic = patch
+
+    @property
+    def bias_lowvram_function(self) -> Any:
+        return None if self.owns("bias") else self.slots["bias"].dynamic
+
+    @bias_lowvram_function.setter
+    def bias_lowvram_function(self, patch: Any) -> None:
+        self.slots["bias"].dynamic = patch
 
     # ---- state
 
@@ -146,6 +197,13 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         """Core's way to a dense weight, for merges and exports."""
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
+    def convert_bias(self, bias: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
+        """The bias of the dense layer, for merges and exports."""
+        if not self.owns("bias"):
+            return bias
+        shift = dequantize(self.weight, self.weight.dtype)[1]
+        return bias.float() + shift.to(bias.device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         for name, parameter in self._parameters.items():
             if parameter is not None:
@@ -157,13 +215,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     # ---- patches
 
-    def active_patches(self) -> list[lora.Patch]:
-        """All patches on the weight, in the order in which core would apply them."""
-        holder = self.dynamic_patch or self.partial_patch or self.resident_patch
-        return [*(holder.patches.get(holder.key, ()) if holder is not None else ()), *self.hook_patches]
-
     def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
-        patches = self.active_patches()
+        patches = self.slots["weight"].active()
         plain = [patch for patch in patches if lora.is_plain(patch) and patch[0] != 0.0]
         rest = [patch for patch in patches if not lora.is_plain(patch)]
         if rest:
@@ -197,22 +250,25 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns, rest = self._split_patches(x)
+        # A bias that is not owned has its patches applied already, by core.
+        bias_patches = self.slots["bias"].active() if self.owns("bias") else []
         svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
-        if svdq and self.backend.precision == "int4" and isinstance(weight, QuantizedTensor) and not rest:
+        as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
+        if svdq and self.backend.precision == "int4" and as_stored:
             parts = packed_parts(weight._qdata, weight._params)
             # The codes' arithmetic is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
             rows = x.reshape(-1, x.shape[-1]).to(parts[0].wscales.dtype)
             y = reference.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
             y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
         else:
-            dense, bias = self._dense(x, weight, bias, rest)
+            dense, bias = self._dense(x, weight, bias, rest, bias_patches)
             y = nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
         return y if columns is None else columns.apply(x, y)
 
     def _dense(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, rest: list[lora.Patch]
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rest: list[lora.Patch], bias_patches: list[lora.Patch]
     ) -> tuple[Tensor, Tensor | None]:
-        """The dense weight in x's type with ``rest`` applied, and the bias of the equivalent dense layer."""
+        """The dense weight in x's type and the dense bias, with ``rest`` and ``bias_patches`` applied."""
         # Core hands back a dequantized tensor if another pack wrapped the weight, or for a CPU copy in dynamic mode;
         # the shift term then still has to come from the quantized weight.
         quantized = weight if isinstance(weight, QuantizedTensor) else self.weight
@@ -220,15 +276,13 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         if quantized is not weight:
             dense = weight.to(x.dtype)
         if rest:
-            dense = comfy.lora.calculate_weight(rest, dense, self._patch_key(), intermediate_dtype=dense.dtype)
+            dense = comfy.lora.calculate_weight(rest, dense, self.slots["weight"].key, intermediate_dtype=dense.dtype)
         if shift is not None:
             shift = shift.to(x.device)
             bias = shift if bias is None else bias.float() + shift
+        if bias_patches:
+            bias = comfy.lora.calculate_weight(bias_patches, bias, self.slots["bias"].key)
         return dense, bias
-
-    def _patch_key(self) -> str:
-        holder = self.dynamic_patch or self.partial_patch or self.resident_patch
-        return holder.key if holder is not None else "weight"
 
 
 def _inner_tensor(suffix: str) -> property:

@@ -15,19 +15,17 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from .ops import QuantizedLinear, is_quantized
+from .ops import PatchSlots, QuantizedLinear, is_quantized
 
 _CALLBACK_KEY = "svdq_flux"
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
 
 
-def quantized_module(model: torch.nn.Module, key: str) -> QuantizedLinear | None:
-    """The Linear whose quantized ``weight`` a state dict key names, or None."""
+def owner_of(model: torch.nn.Module, key: str) -> tuple[QuantizedLinear, PatchSlots] | None:
+    """The Linear that applies the patches on the parameter ``key`` itself, and its slots for them; or None."""
     name, _, leaf = key.rpartition(".")
-    if leaf != "weight" or not name:
-        return None
-    module = comfy.utils.get_attr(model, name)
-    return module if isinstance(module, QuantizedLinear) and is_quantized(module.weight) else None
+    module = comfy.utils.get_attr(model, name) if name else None
+    return (module, module.slots[leaf]) if isinstance(module, QuantizedLinear) and module.owns(leaf) else None
 
 
 def quantized_modules(model: torch.nn.Module) -> list[QuantizedLinear]:
@@ -57,20 +55,20 @@ class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
     ) -> Any:
-        module = quantized_module(self.model, key)
-        if module is None:
+        owner = owner_of(self.model, key)
+        if owner is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
         if return_weight:
-            return module.weight
-        patched = key in self.patches
-        module.resident_patch = comfy.model_patcher.LowVramPatch(key, self.patches) if patched else None
+            return comfy.utils.get_attr(self.model, key)
+        owner[1].resident = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
         return None
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for module in quantized_modules(self.model):
-                module.resident_patch = None
+                for slots in module.slots.values():
+                    slots.resident = None
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list[tuple]:
         # Core reserves room for a dense copy of every offloaded weight that is quantized or patched (957); a quantized
@@ -85,26 +83,25 @@ class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
     ) -> None:
-        module = quantized_module(self.model, key)
-        if module is None:
+        owner = owner_of(self.model, key)
+        if owner is None:
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         elif key in combined_patches:
-            module.hook_patches = combined_patches[key]
+            owner[1].hooks = combined_patches[key]
             self.cached_hook_patches.setdefault(hooks, {})[key] = (combined_patches[key], None)
 
     def patch_cached_hook_weights(self, cached_weights: dict, key: str, memory_counter: Any) -> None:
-        module = quantized_module(self.model, key)
-        if module is None:
+        owner = owner_of(self.model, key)
+        if owner is None:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
         else:
-            module.hook_patches = cached_weights[key][0]
+            owner[1].hooks = cached_weights[key][0]
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, QuantizedLinear) and (
-                not whitelist_keys_set or f"{name}.weight" in whitelist_keys_set
-            ):
-                module.hook_patches = []
+            for leaf, slots in module.slots.items() if isinstance(module, QuantizedLinear) else ():
+                if not whitelist_keys_set or f"{name}.{leaf}" in whitelist_keys_set:
+                    slots.hooks = []
         super().unpatch_hooks(whitelist_keys_set)
 
 
@@ -114,17 +111,17 @@ class SVDQModelPatcherDynamic(_SaveMixin, comfy.model_patcher.ModelPatcherDynami
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
     ) -> Any:
-        module = quantized_module(self.model, key)
-        if module is None:
+        owner = owner_of(self.model, key)
+        if owner is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
+        parameter = comfy.utils.get_attr(self.model, key)
         if return_weight:
-            return module.weight
+            return parameter
         # Called for modules that core loads for good because they are tiny (1938): moved, not dequantized.
         if key not in self.backup:
-            self.backup[key] = _Backup(module.weight, False)
-        comfy.utils.set_attr_param(self.model, key, module.weight.to(device_to))
-        patched = key in self.patches
-        module.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches) if patched else None
+            self.backup[key] = _Backup(parameter, False)
+        comfy.utils.set_attr_param(self.model, key, parameter.to(device_to))
+        owner[1].dynamic = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
         return None
 
 

@@ -41,6 +41,8 @@ def write_lora(path: Path, config) -> None:
         down = torch.randn(LORA_RANK, k, generator=generator) * k**-0.5
         up = torch.randn(n, LORA_RANK, generator=generator) * 0.1
         tensors |= {f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up}
+        if name.endswith(("mlp.2", "linear2")):  # the biases that hold a shift correction
+            tensors[f"diffusion_model.{name}.diff_b"] = torch.randn(n, generator=generator) * 0.1
     save_file(tensors, str(path))
 
 
