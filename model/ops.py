@@ -1,8 +1,8 @@
 """``custom_operations`` for ComfyUI's model classes: stock layers, except that a Linear may hold a quantized weight.
 
-The three places where this reaches below ComfyUI's public API are the properties ``weight_function`` and
-``weight_lowvram_function`` and, in patcher.py, the class of the patcher. They exist because core would otherwise apply
-a LoRA by requantizing the weight, or replace it by a dense one.
+The places where this reaches below ComfyUI's public API are the properties ``*_function`` and ``*_lowvram_function`` of
+weight and bias and, in patcher.py, the class of the patcher. They exist because core would otherwise apply a LoRA by
+requantizing the weight, or replace it by a dense one, and take a stored bias for that of the dense layer.
 """
 
 from __future__ import annotations
