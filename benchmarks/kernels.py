@@ -108,6 +108,6 @@ def _row(gpu: Gpu, op: Op, m: int, rank: int, tile: Tile, f: sass.Figures) -> Ro
         predicted_us=round(prediction.seconds * 1e6, 1),
         predicted_tops=round(operations / prediction.seconds / 1e12, 1),
         limit=prediction.limit,
-        ceiling_tops=round(16384 / gpu.mma_cycles * 4 * gpu.sms * gpu.ghz / 1e3, 1),
+        ceiling_tops=round(gpu.int4_ops / 1e12, 1),
         triton=triton.__version__,
     )

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svdq.kernels.tiles import Tile
+from svdq.kernels.tiles import GROUP_BYTES_PER_ROW, Tile
 
 SUB_CORES = 4  # of a multiprocessor; each issues one instruction per cycle
 MMA_OPS = 2 * 16 * 8 * 64  # operations of one m16n8k64
 FMA_PER_MMA = 8  # float32: two for each of the four outputs a lane has
-HMMA_PER_R16 = 1  # m16n8k16 of the low-rank branch for each m16n8 tile and 16 ranks
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,11 @@ class Gpu:
     fma_cycles: int
     l2_gbs: float
     dram_gbs: float
+
+    @property
+    def int4_ops(self) -> float:
+        """Operations per second of the INT4 tensor cores."""
+        return MMA_OPS / self.mma_cycles * SUB_CORES * self.sms * self.ghz * 1e9
 
 
 GPUS = (
@@ -68,15 +72,15 @@ def predict_gemm(
     tiles_per_block = tile.block_m // 16 * (tile.block_n // 8)
     mma_per_sub_core = tiles_per_block * groups / SUB_CORES
     cycle_per_mma = max(gpu.mma_cycles, instructions_per_mma, FMA_PER_MMA * gpu.fma_cycles)
-    low_rank = tiles_per_block * (rank // 16) * HMMA_PER_R16 * gpu.hmma_cycles / SUB_CORES
+    low_rank = tiles_per_block * (rank // 16) * gpu.hmma_cycles / SUB_CORES
     epilogue = epilogue_instructions * tile.warps / SUB_CORES
     cycles_per_block = mma_per_sub_core * cycle_per_mma + low_rank + epilogue
     resident = max(1, tile.blocks_per_sm(gpu.arch))
     # Blocks of one multiprocessor run side by side, `resident` at a time, and share its sub-cores.
     blocks_of_busiest = -(-tile.blocks(m, n) // (gpu.sms * resident)) * resident
     blocks_of_busiest = min(blocks_of_busiest, -(-tile.blocks(m, n) // gpu.sms))
-    l2_bytes = tile.blocks(m, n) * groups * (tile.block_m + tile.block_n) * 34
-    dram_bytes = (m + n) * groups * 34 + 2 * m * n + (4 * m + 2 * n) * rank
+    l2_bytes = tile.blocks(m, n) * groups * (tile.block_m + tile.block_n) * GROUP_BYTES_PER_ROW
+    dram_bytes = (m + n) * groups * GROUP_BYTES_PER_ROW + 2 * m * n + (4 * m + 2 * n) * rank
     return Prediction(
         sm=blocks_of_busiest * cycles_per_block / (gpu.ghz * 1e9),
         l2=l2_bytes / (gpu.l2_gbs * 1e9),

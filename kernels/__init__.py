@@ -1,7 +1,7 @@
 """Choice of arithmetic: which precision a device gets, and why it does not get the others.
 
-Tensors in, tensors out; nothing here knows files or ComfyUI. Triton, once kernels use it, is imported here and nowhere
-else, and never when this package is merely imported.
+Tensors in, tensors out; nothing here knows files or ComfyUI. The Triton modules beside this file are not chosen yet,
+and nothing of Triton is imported when this package is.
 """
 
 from __future__ import annotations

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int4 import GROUP, PackedAWQ
+from .int4 import PackedAWQ
 
 MAX_ROWS = 8
-WORDS_PER_GROUP = GROUP // 8  # int32 words of one row
 
 
 @triton.jit

@@ -41,7 +41,6 @@ SHIFT = 0.171875  # 11/64: exact in bf16 and fp16, just above -min(gelu_tanh) = 
 SIGNED_MAX = 7
 UNSIGNED_MAX = 15
 RANK_MULTIPLE = 16
-LOGICAL_BITS = 4
 
 
 @dataclass(frozen=True)

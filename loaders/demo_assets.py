@@ -15,7 +15,8 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from .write import Spec, safetensors_writer
 
 DEMO_PROMPT_TOKENS = 128
 
@@ -75,12 +76,11 @@ def write_demo_vae(path: str | os.PathLike[str]) -> None:
     """Write the demo VAE as safetensors (fp16, 5 MB). The file appears complete or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(demo_vae_state_dict(), str(unfinished), metadata={"format": "pt"})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    tensors = demo_vae_state_dict()
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with safetensors_writer(path, specs, {"format": "pt"}, force=True) as write:
+        for name, tensor in tensors.items():
+            write(name, tensor)
 
 
 def demo_vae_state_dict() -> dict[str, torch.Tensor]:

@@ -36,9 +36,7 @@ class PlainSource:
 
 Source = W4A4Source | AWQSource | PlainSource
 
-W4A4_LEAVES = ("qweight", "wscales", "smooth", "smooth_orig", "bias", "lora_down", "lora_up")
 LOW_RANK_LEAVES = ("lora_down", "lora_up")
-AWQ_LEAVES = ("qweight", "wscales", "wzeros", "bias")
 
 _V2_LEAVES = {
     "proj_down": "lora_down",

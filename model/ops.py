@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..kernels import Backend, reference
 from . import lora
-from .layout_svdq import STATE_SUFFIXES, SVDQInt4Layout, dequantize, packed_parts
+from .layout_svdq import STATE_SUFFIXES, SVDQAwqLayout, SVDQInt4Layout, dequantize, packed_parts
 
-_QUANTIZED = ("SVDQInt4Layout", "SVDQAwqLayout")
+_QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
 
 
 def is_quantized(weight: Any) -> bool:

@@ -21,11 +21,11 @@ _CALLBACK_KEY = "svdq_flux"
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
 
 
-def owner_of(model: torch.nn.Module, key: str) -> tuple[QuantizedLinear, PatchSlots] | None:
-    """The Linear that applies the patches on the parameter ``key`` itself, and its slots for them; or None."""
+def slots_of(model: torch.nn.Module, key: str) -> PatchSlots | None:
+    """Where the patches on the parameter ``key`` go if its Linear applies them itself; None if core does."""
     name, _, leaf = key.rpartition(".")
     module = comfy.utils.get_attr(model, name) if name else None
-    return (module, module.slots[leaf]) if isinstance(module, QuantizedLinear) and module.owns(leaf) else None
+    return module.slots[leaf] if isinstance(module, QuantizedLinear) and module.owns(leaf) else None
 
 
 def quantized_modules(model: torch.nn.Module) -> list[QuantizedLinear]:
@@ -55,12 +55,12 @@ class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
     ) -> Any:
-        owner = owner_of(self.model, key)
-        if owner is None:
+        slots = slots_of(self.model, key)
+        if slots is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
         if return_weight:
             return comfy.utils.get_attr(self.model, key)
-        owner[1].resident = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
+        slots.resident = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
         return None
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
@@ -83,19 +83,19 @@ class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
     ) -> None:
-        owner = owner_of(self.model, key)
-        if owner is None:
+        slots = slots_of(self.model, key)
+        if slots is None:
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         elif key in combined_patches:
-            owner[1].hooks = combined_patches[key]
+            slots.hooks = combined_patches[key]
             self.cached_hook_patches.setdefault(hooks, {})[key] = (combined_patches[key], None)
 
     def patch_cached_hook_weights(self, cached_weights: dict, key: str, memory_counter: Any) -> None:
-        owner = owner_of(self.model, key)
-        if owner is None:
+        slots = slots_of(self.model, key)
+        if slots is None:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
         else:
-            owner[1].hooks = cached_weights[key][0]
+            slots.hooks = cached_weights[key][0]
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         for name, module in self.model.named_modules():
@@ -111,8 +111,8 @@ class SVDQModelPatcherDynamic(_SaveMixin, comfy.model_patcher.ModelPatcherDynami
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
     ) -> Any:
-        owner = owner_of(self.model, key)
-        if owner is None:
+        slots = slots_of(self.model, key)
+        if slots is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
         parameter = comfy.utils.get_attr(self.model, key)
         if return_weight:
@@ -121,7 +121,7 @@ class SVDQModelPatcherDynamic(_SaveMixin, comfy.model_patcher.ModelPatcherDynami
         if key not in self.backup:
             self.backup[key] = _Backup(parameter, False)
         comfy.utils.set_attr_param(self.model, key, parameter.to(device_to))
-        owner[1].dynamic = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
+        slots.dynamic = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
         return None
 
 

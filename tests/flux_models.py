@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdq.kernels import reference
-from svdq.loaders import AWQLinear, Checkpoint, W4A4Linear, open_checkpoint
+from svdq.cli.dequantize import effective
+from svdq.loaders import Checkpoint, open_checkpoint
 
 
 def dense_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -20,23 +20,22 @@ def dense_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
     """
     sd: dict[str, Tensor] = {}
     for name, layer in checkpoint.layers():
-        if isinstance(layer, W4A4Linear):
-            parts = tuple(_to(part, device) for part in layer.parts)
-            weight, shift = reference.dequantize_parts(parts, layer.axis, dtype)
-            bias = layer.bias.float() if shift is None else layer.bias.float() + shift.cpu()
-        elif isinstance(layer, AWQLinear):
-            weight, bias = reference.dequantize_packed_awq(_to(layer.weight, device), dtype), layer.bias
-        else:
-            weight, bias = layer.weight, layer.bias
-        sd[f"{name}.weight"] = weight.to("cpu", dtype)
+        weight, bias = effective(_to(layer, device), dtype)
+        sd[f"{name}.weight"] = weight.cpu()
         if bias is not None:
-            sd[f"{name}.bias"] = bias.to(dtype)
+            sd[f"{name}.bias"] = bias.cpu()
     return sd
 
 
-def _to(packed, device: torch.device):
-    moved = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
-    return type(packed)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+def _to(value, device: torch.device):
+    """A loader's layer with every tensor in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    if dataclasses.is_dataclass(value):
+        return type(value)(**{f.name: _to(getattr(value, f.name), device) for f in dataclasses.fields(value)})
+    return value
 
 
 def load_dense(path: Path):
