@@ -1,15 +1,18 @@
 """A full-size FLUX.1 checkpoint, once through everything, on one GPU: `python benchmarks/full_size.py COMFYUI FOLDER`.
 
 Writes a synthetic 12B checkpoint and its dequantized 16-bit twin into FOLDER (30 GB), loads both into ComfyUI, runs one
-1024 x 1024 forward pass of each and prints one table: times, sizes, and the distance of the two outputs.
+1024 x 1024 forward pass of each and prints one table: times, sizes, and the distance of the two outputs. Runs the
+checkpoint in INT4 arithmetic as well, by the kernels (emulated where the GPU has no INT4) and by PyTorch.
 
 The yardstick is bf16 itself: the dequantized model computed in float32. Two bf16 computations of the same model are
-each as far from it, so about sqrt(2) times as far from each other. Exit code 1 if ours and the twin are further apart.
+each as far from it, so about sqrt(2) times as far from each other. Exit code 1 if ours and the twin are further apart,
+or the INT4 kernels and PyTorch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -90,7 +93,7 @@ def main(comfyui: str, folder: Path) -> int:
         with torch.inference_mode():
             return patcher.model.diffusion_model(**arguments)  # the arguments of the moment: bf16, then float32
 
-    def run(name: str, load: Callable[[], object]) -> torch.Tensor:
+    def run(name: str, load: Callable[[], object], steps: int = 5) -> torch.Tensor:
         before = torch.cuda.memory_allocated()
         patcher, rows[f"{name}: open s"] = timed(load)
         _, rows[f"{name}: to GPU s"] = timed(lambda: management.load_models_gpu([patcher]))
@@ -99,16 +102,22 @@ def main(comfyui: str, folder: Path) -> int:
         torch.cuda.reset_peak_memory_stats()
         first, rows[f"{name}: first step s"] = timed(lambda: step(patcher))
         rows[f"{name}: peak of a step GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-        outs, seconds = zip(*(timed(lambda: step(patcher)) for _ in range(5)), strict=True)
-        rows[f"{name}: step ms, median of 5"] = statistics.median(seconds) * 1e3
+        outs, seconds = zip(*(timed(lambda: step(patcher)) for _ in range(steps)), strict=True)
+        rows[f"{name}: step ms, median of {steps}"] = statistics.median(seconds) * 1e3
         same = sum(torch.equal(out, outs[-1]) for out in (first, *outs))
-        rows[f"{name}: steps with the bits of the last, of 6"] = same
+        rows[f"{name}: steps with the bits of the last, of {steps + 1}"] = same
         management.unload_all_models()
         return outs[-1].double()
 
     rows["read the INT4 file s"] = read_seconds(quantized)
     rows["read it again s"] = read_seconds(quantized)
     ours = run("16bit mode", lambda: load_flux(str(quantized), "16bit"))
+    torch.cuda.empty_cache()
+    os.environ["SVDQ_BACKEND"] = "int4"
+    kernels = run("int4 kernels", lambda: load_flux(str(quantized)), steps=2)
+    os.environ["SVDQ_BACKEND"] = "int4-reference"
+    reference = run("int4 in PyTorch", lambda: load_flux(str(quantized)), steps=1)
+    del os.environ["SVDQ_BACKEND"]
     torch.cuda.empty_cache()
     twin = run("dequantized", lambda: comfy.sd.load_diffusion_model(str(dense), {"dtype": torch.bfloat16}))
     torch.cuda.empty_cache()
@@ -121,6 +130,8 @@ def main(comfyui: str, folder: Path) -> int:
     rows["distance 16bit mode - dequantized"] = distance(ours, twin)
     rows["distance 16bit mode - float32"] = distance(ours, exact)
     rows["distance dequantized - float32"] = distance(twin, exact)
+    rows["distance int4 kernels - int4 in PyTorch"] = distance(kernels, reference)
+    rows["distance int4 kernels - float32"] = distance(kernels, exact)
     rows["output standard deviation"] = exact.std().item()
     equal, steps = compare_weights(quantized, dense)
     rows["weights equal to the file's"], rows["largest weight difference, bf16 steps"] = equal, steps
@@ -128,7 +139,9 @@ def main(comfyui: str, folder: Path) -> int:
     for name, value in rows.items():
         print(f"{name:<40} {value:.6g}")
     print(json.dumps(rows))
-    return 0 if rows["distance 16bit mode - dequantized"] <= 1.5 * rows["distance dequantized - float32"] else 1
+    limit = 1.5 * rows["distance dequantized - float32"]
+    pairs = ("16bit mode - dequantized", "int4 kernels - int4 in PyTorch")
+    return 0 if all(rows[f"distance {pair}"] <= limit for pair in pairs) else 1
 
 
 def compare_weights(quantized: Path, dense: Path) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", re.MULTILINE)
@@ -46,15 +47,21 @@ class Figures:
         return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(("LDL", "STL")))
 
 
-def compile_for(fn, signature: dict[str, str], constants: dict, arch: str, warps: int, aligned: set[str]) -> Figures:
-    """Compile a Gluon kernel for ``arch`` ("sm_86") and read its machine code.
+def compile_for(
+    fn, signature: dict[str, str], constants: dict, arch: str, warps: int, aligned: set[str], mma: str = "IMMA"
+) -> Figures:
+    """Compile a Triton or Gluon kernel for ``arch`` ("sm_86") and read its machine code.
 
     signature: Triton types of the run-time arguments in order ("*i32", "i32") · constants: its constexpr arguments ·
-    aligned: arguments that are multiples of 16 (for pointers: bytes), which the launcher finds out by itself.
+    aligned: arguments that are multiples of 16 (for pointers: bytes), which the launcher finds out by itself ·
+    mma: how opcodes of the matrix products start, by which the main loop is found.
     """
     full = signature | dict.fromkeys(constants, "constexpr")
+    if list(full) != fn.arg_names:
+        raise ValueError(f"{fn.__name__} takes {', '.join(fn.arg_names)}; expected {', '.join(full)}")
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(full) if name in aligned}
-    source = GluonASTSource(fn=fn, signature=full, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if fn.is_gluon() else ASTSource
+    source = language(fn=fn, signature=full, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     kernel = triton.compile(source, target=target, options={"num_warps": warps})
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +70,7 @@ def compile_for(fn, signature: dict[str, str], constants: dict, arch: str, warps
         sass = _cuobjdump("-sass", cubin)
         usage = _cuobjdump("-res-usage", cubin)
     registers, stack = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return read_sass(sass, "IMMA", registers, stack, kernel.metadata.shared)
+    return read_sass(sass, mma, registers, stack, kernel.metadata.shared)
 
 
 def read_sass(sass: str, mma: str, registers: int, spill_bytes: int, shared_bytes: int) -> Figures:
@@ -91,23 +98,34 @@ def read_sass(sass: str, mma: str, registers: int, spill_bytes: int, shared_byte
 
 
 def gemm_int4_figures(
-    tile, arch: str, dtype: str = "bf16", act_unsigned: bool = False, out: str = "", after: str = "NONE"
+    tile,
+    arch: str,
+    dtype: str = "bf16",
+    act_unsigned: bool = False,
+    out: str = "",
+    after: str = "NONE",
+    parts: int = 1,
 ) -> Figures:
     """The INT4 GEMM with one tile; dtype and out: "bf16", "fp16" (out also "fp32"; default dtype); after: one of
-    epilogue.KINDS."""
+    epilogue.KINDS; parts: 2 for a second, unsigned input."""
     from svdq.kernels.epilogue import KINDS
     from svdq.kernels.gemm_int4 import gemm_w4a4_kernel
 
     types = {"bf16": 0, "fp16": 1, "fp32": 2}
     out = out or dtype
     pointers = dict.fromkeys(("act_ptr", "ascales_ptr", "qweight_ptr", "wscales_ptr"), "*i32")
-    pointers |= {"lora_act_ptr": "*fp32", "proj_up_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    pointers |= {"lora_act_ptr": "*fp32", "proj_up_ptr": "*i32"}
+    pointers |= {name.replace("_ptr", "2_ptr"): kind for name, kind in pointers.items()}
+    pointers |= {"bias_ptr": f"*{dtype}"}
     pointers |= {"out_ptr": "*fp32" if out == "fp32" else "*i32"}
     pointers |= {"gate_ptr": "*i32", "residual_ptr": "*i32", "norm_q_ptr": f"*{dtype}", "norm_k_ptr": f"*{dtype}"}
     pointers |= {"rotary_ptr": "*fp32"}
-    sizes = dict.fromkeys(("M", "N", "K", "R", "row_blocks", "bias_size", "rows_per_gate"), "i32")
+    aligned = ("N", "K", "R", "K2", "R2", "stride_out")
+    sizes = dict.fromkeys(("M", *aligned, "row_blocks", "bias_size", "rows_per_gate"), "i32")
     constants = {
         "ACT_UNSIGNED": act_unsigned,
+        "ACT2_UNSIGNED": True,
+        "PARTS": parts,
         "T": types[dtype],
         "OUT": types[out],
         "EPILOGUE": KINDS.index(after),
@@ -118,7 +136,63 @@ def gemm_int4_figures(
         "STAGES": tile.stages,
         "GROUP_M": tile.group_m,
     }
-    return compile_for(gemm_w4a4_kernel, pointers | sizes, constants, arch, tile.warps, {*pointers, "N", "K", "R"})
+    return compile_for(gemm_w4a4_kernel, pointers | sizes, constants, arch, tile.warps, {*pointers, *aligned})
+
+
+def quantize_figures(arch: str, dtype: str = "bf16", rank: int = 32, act_unsigned: bool = False) -> Figures:
+    """The quantize kernel as quantize_act launches it by default."""
+    from svdq.kernels.int4 import SHIFT, SIGNED_MAX, UNSIGNED_MAX
+    from svdq.kernels.quantize import _quantize_kernel
+
+    pointers = dict.fromkeys(("x_ptr", "smooth_ptr", "proj_down_ptr"), f"*{dtype}")
+    pointers |= {"codes_ptr": "*i32", "ascales_ptr": f"*{dtype}", "lora_act_ptr": "*fp32"}
+    sizes = dict.fromkeys(("M", "K", "R", "stride_xm", "groups_per_piece"), "i32")
+    constants = {
+        "TOP": UNSIGNED_MAX if act_unsigned else SIGNED_MAX,
+        "SHIFT_BY": SHIFT if act_unsigned else 0.0,
+        "LOW_RANK": rank > 0,
+        "BLOCK_M": 64,
+        "GROUPS": 2,
+        "RANKS": triton.next_power_of_2(max(rank // 16, 1)),
+        "STAGES": 1,
+    }
+    aligned = {*pointers, "K", "R", "stride_xm"}
+    return compile_for(_quantize_kernel, pointers | sizes, constants, arch, 4, aligned, mma="HMMA")
+
+
+def gemv_figures(arch: str, dtype: str = "bf16", rows: int = 1) -> Figures:
+    """The AWQ GEMV as gemv_w4a16 launches it for 1, 2, 4 or 8 rows."""
+    from svdq.kernels.gemv import _gemv_kernel
+
+    pointers = {"x_ptr": f"*{dtype}", "qweight_ptr": "*i32"} | dict.fromkeys(("wscales_ptr", "wzeros_ptr"), f"*{dtype}")
+    pointers |= {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    sizes = dict.fromkeys(("M", "N", "K", "splits", "stride_xm", "stride_ym"), "i32")
+    constants = {"HAS_BIAS": True, "BLOCK_M": rows, "BLOCK_N": 8, "BLOCK_W": 128 if rows <= 2 else 64}
+    aligned = {*pointers, "N", "K", "stride_xm", "stride_ym"}
+    return compile_for(_gemv_kernel, pointers | sizes, constants, arch, 4, aligned)
+
+
+def gemm_gelu_quantize_figures(tile, arch: str, dtype: str = "bf16") -> Figures:
+    """fc1 with GELU and the quantization for fc2 behind it (kernels/gemm_quantize.py)."""
+    from svdq.kernels.gemm_quantize import gemm_gelu_quantize_kernel
+
+    pointers = dict.fromkeys(("act_ptr", "ascales_ptr", "qweight_ptr", "wscales_ptr"), "*i32")
+    pointers |= {"lora_act_ptr": "*fp32", "proj_up_ptr": "*i32", "bias_ptr": f"*{dtype}"}
+    pointers |= dict.fromkeys(("smooth_ptr", "proj_down_ptr", "codes_ptr", "next_ascales_ptr"), "*i32")
+    pointers |= {"partial_ptr": "*fp32"}
+    sizes = dict.fromkeys(("M", "N", "K", "R", "NEXT_R", "row_blocks", "bias_size", "rounds"), "i32")
+    constants = {
+        "ACT_UNSIGNED": False,
+        "T": {"bf16": 0, "fp16": 1}[dtype],
+        "M16": tile.m16_per_warp,
+        "N8": tile.n8_per_warp,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "STAGES": tile.stages,
+        "GROUP_M": tile.group_m,
+    }
+    aligned = {*pointers, "N", "K", "R", "NEXT_R"}
+    return compile_for(gemm_gelu_quantize_kernel, pointers | sizes, constants, arch, tile.warps, aligned)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -141,6 +215,8 @@ _ROWS = {
     "+ GELU": {"after": "GELU"},
     "+ gate, residual": {"after": "GATE_RESIDUAL"},
     "+ norm, RoPE": {"after": "NORM_ROPE"},
+    "two inputs": {"parts": 2},
+    "two, gate, residual": {"parts": 2, "after": "GATE_RESIDUAL"},
 }
 
 

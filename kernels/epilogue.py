@@ -75,7 +75,7 @@ def _exchange(x, y, odd):
 
 
 @gluon.jit
-def _gelu(x):
+def gelu_tanh(x):
     """GELU, tanh approximation, as x * sigmoid(2u): one exponential and one division."""
     u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
     return x / (1.0 + gl.exp2(u * -2.8853900817779268))
@@ -119,8 +119,8 @@ def _norm_rope(x, y, row, column, norm_ptr, rotary_ptr, plain,
 
 
 @gluon.jit
-def finish_rows(x, y, half, out_ptr, gate_ptr, residual_ptr, norm_q_ptr, norm_k_ptr, rotary_ptr, M, N, rows_per_gate,
-                tile_m, tile_n, EPILOGUE: gl.constexpr, T: gl.constexpr, OUT: gl.constexpr,
+def finish_rows(x, y, half, out_ptr, gate_ptr, residual_ptr, norm_q_ptr, norm_k_ptr, rotary_ptr, M, N, stride_out,
+                rows_per_gate, tile_m, tile_n, EPILOGUE: gl.constexpr, T: gl.constexpr, OUT: gl.constexpr,
                 P: gl.constexpr):  # fmt: skip
     """Epilogue and store of two registers, rows r + 8 * half: one half at a time keeps its loads in registers."""
     m16: gl.constexpr = x.shape[0]
@@ -134,7 +134,7 @@ def finish_rows(x, y, half, out_ptr, gate_ptr, residual_ptr, norm_q_ptr, norm_k_
     R: gl.constexpr = gl.BlockedLayout([M16, 1, 1, 1], [1, 1, 8, 4], [WARPS_M, WARPS_N, 1, 1], [3, 2, 0, 1])
     ROWS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(1, R))
     if EPILOGUE == GELU:
-        x, y = _gelu(x), _gelu(y)
+        x, y = gelu_tanh(x), gelu_tanh(y)
     elif EPILOGUE != NONE:
         lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, P)))[None, None, :]
         # Opaque to the compiler, as tile_m is (gemm_int4.py): what depends on it is not kept through the main loop.
@@ -152,12 +152,15 @@ def finish_rows(x, y, half, out_ptr, gate_ptr, residual_ptr, norm_q_ptr, norm_k_
             if third == 1:
                 norm_ptr = norm_k_ptr
             x, y = _norm_rope(x, y, row, n8_tile * 8 + lane % 4 * 2, norm_ptr, rotary_ptr, third == 2, P, ROWS, Q)
-    _store_rows(out_ptr, x, y, half, M, N, tile_m, tile_n, OUT, Q if OUT == FP32 else Q16)
+    _store_rows(out_ptr, x, y, half, M, stride_out, tile_m, tile_n, OUT, Q if OUT == FP32 else Q16)
 
 
 @gluon.jit
-def _store_rows(out_ptr, x, y, half, M, N, tile_m, tile_n, OUT: gl.constexpr, Q: gl.constexpr):
-    """Store registers x, y [m16, n8, 32] (columns 2c, 2c + 1) of rows r + 8 * half; full 32-byte sectors per row."""
+def _store_rows(out_ptr, x, y, half, M, stride_out, tile_m, tile_n, OUT: gl.constexpr, Q: gl.constexpr):
+    """Store registers x, y [m16, n8, 32] (columns 2c, 2c + 1) of rows r + 8 * half; full 32-byte sectors per row.
+
+    stride_out: elements of a row of out.
+    """
     m16: gl.constexpr = x.shape[0]
     n8: gl.constexpr = x.shape[1]
     if OUT == FP32:
@@ -179,11 +182,11 @@ def _store_rows(out_ptr, x, y, half, M, N, tile_m, tile_n, OUT: gl.constexpr, Q:
     row = (tile_m + tile) * 16 + lane // 4 + 8 * half
     if OUT == FP32:
         out_ptr += tile_n * 16
-        row_ptr = out_ptr + row.to(gl.int64) * N + lane % 4 * 2
+        row_ptr = out_ptr + row.to(gl.int64) * stride_out + lane % 4 * 2
     else:
         # Lanes 0 and 2 of four hold words 0-3 of 8, the even n8 tile; lanes 1 and 3 words 4-7, the odd one.
         out_ptr += tile_n * 8
-        row_ptr = out_ptr + row.to(gl.int64) * (N // 2) + (lane % 4 // 2 * 2 + lane % 2 * 4)
+        row_ptr = out_ptr + row.to(gl.int64) * (stride_out // 2) + (lane % 4 // 2 * 2 + lane % 2 * 4)
     gl.store(row_ptr + (group * 8 + element), z, mask=row < M)
 
 

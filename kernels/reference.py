@@ -165,6 +165,11 @@ def linear_parts_w4a4(x: Tensor, parts: tuple[PackedW4A4, ...], axis: int, bias:
     return _round(total, x.dtype)
 
 
+def linear_awq(x: Tensor, weight: PackedAWQ, bias: Tensor | None) -> Tensor | None:
+    """None: a modulation layer is dequantized and multiplied by PyTorch (see linear.py for the kernel)."""
+    return None
+
+
 def _round(y: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 to ``dtype``; fp16 saturates instead of overflowing, as in the original engine."""
     return y.clamp(-_FP16_MAX, _FP16_MAX).to(dtype) if dtype == torch.float16 else y.to(dtype)
@@ -173,3 +178,65 @@ def _round(y: Tensor, dtype: torch.dtype) -> Tensor:
 def dequantize_packed_awq(weight: PackedAWQ, dtype: torch.dtype) -> Tensor:
     """The dense weight [N, K] of a packed AWQ layer, rows in BFL's order."""
     return dequantize_awq(weight.unpack(), dtype)
+
+
+def quantize_act_int8(
+    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`quantize_act`, but to INT8 with one scale per token: the activations of the int8 mode.
+
+    Returns (codes int8 [M, K], scales float32 [M], lora_act float32 [M, R]). v is that of quantize_act, rounded to T.
+    Signed: s = amax(|v|) * float32(1 / 127), code = clamp(rint(v * (1 / s))), value = code * s.
+    Unsigned (behind a GELU, SHIFT added): nothing is negative, so all 256 codes are used: s = amax * float32(1 / 255),
+    code = clamp(rint(v * (1 / s)), 0, 255) - 128, value = (code + 128) * s: half the step of a signed code, and the
+    stored bias, which holds the correction for the shift, fits as it is. A token of zeros gives scale 0.
+    """
+    dtype = x.dtype
+    shifted = x + SHIFT if act_unsigned else x
+    v = (shifted.float() / smooth_factor.float()).to(dtype).float()
+    low, top = (0, 255) if act_unsigned else (-127, 127)
+    scale = v.abs().amax(dim=1) * torch.tensor(1.0 / top, dtype=torch.float32, device=x.device)
+    codes = (v * scale.reciprocal()[:, None]).nan_to_num(nan=0.0).round().clamp(low, top)
+    codes = (codes - 128 if act_unsigned else codes).to(torch.int8)
+    return codes, scale, x.float() @ proj_down.float().t()
+
+
+def expand_w4_to_int8(weight: W4A4) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 codes with one scale per output channel from INT4 codes with one per group.
+
+    Returns (q int8 [N, K], scales float32 [N], sums int32 [N]): scales = max over groups of wscales / 16, so that the
+    group with the largest scale stays exact and no code from -8 to 7 saturates (amax * 7 / 127 would cut -8);
+    q = rint(q4 * wscales / scales); sums of q along K, which unsigned activation codes need (:func:`gemm_w8a8`).
+    """
+    wscales = weight.wscales.float()
+    scales = wscales.abs().amax(dim=1) * 0.0625
+    # The kernel multiplies by the reciprocal: half a unit in the last place of float32 from the quotient.
+    ratio = (wscales * scales.reciprocal()[:, None]).nan_to_num(nan=0.0)
+    q = (weight.q.float() * ratio.repeat_interleave(GROUP, dim=1)).round().to(torch.int8)
+    return q, scales, q.sum(dim=1, dtype=torch.int32)
+
+
+def gemm_w8a8(
+    codes: Tensor,
+    scales: Tensor,
+    lora_act: Tensor,
+    q: Tensor,
+    wscales: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    act_unsigned: bool = False,
+) -> Tensor:
+    """INT8 GEMM + low-rank up + bias: the integer sum is exact, everything after it float64, rounded once.
+
+    codes int8 [M, K], scales float32 [M]: of :func:`quantize_act_int8` · q int8 [N, K], wscales float32 [N]: of
+    :func:`expand_w4_to_int8` · lora_act: [M, R], rounded to T · proj_up: T [N, R], natural order · bias: [N] or None.
+    Returns [M, N] in ``out_dtype`` (default T, the type of proj_up); fp16 saturates at 65504.
+    """
+    dtype = proj_up.dtype
+    act = codes.double() + 128 if act_unsigned else codes.double()
+    y = (act @ q.double().t()) * scales.double()[:, None] * wscales.double()
+    y = y + lora_act.to(dtype).double() @ proj_up.double().t()
+    if bias is not None:
+        y = y + bias.double()
+    return _round(y, out_dtype or dtype)

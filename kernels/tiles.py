@@ -99,12 +99,13 @@ TILES = {"sm_80": _SM80, "sm_86": _SM86, "sm_89": _SM86, "sm_90": _SM86}
 def choose_tile(m: int, n: int, arch: str, out_bits: int = 16, epilogue: str = "NONE") -> Tile:
     """The largest tile that gives M x N outputs enough blocks to fill a GPU, or the smallest one.
 
-    epilogue: a name of ``epilogue.KINDS``. Raises ValueError for an ``arch`` without a table.
+    epilogue: a name of ``epilogue.KINDS``, or GELU_QUANTIZE (gemm_quantize.py). Raises ValueError for an ``arch``
+    without a table.
     """
     if arch not in TILES:
         raise ValueError(f"no INT4 tiles for {arch}, expected one of {', '.join(TILES)}")
     if out_bits == 32:
         return TILES[arch][-1]  # the stores of larger warps spill registers
     # With a GELU behind it the main loop of the largest tile spills registers.
-    tiles = TILES[arch][1:] if epilogue == "GELU" else TILES[arch]
+    tiles = TILES[arch][1:] if epilogue.startswith("GELU") else TILES[arch]
     return next((tile for tile in tiles if tile.blocks(m, n) >= BLOCKS_WANTED), tiles[-1])

@@ -17,9 +17,9 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor, nn
 
-from ..kernels import Backend, reference
+from ..kernels import Backend
 from . import lora
-from .layout_svdq import STATE_SUFFIXES, SVDQAwqLayout, SVDQInt4Layout, dequantize, packed_parts
+from .layout_svdq import STATE_SUFFIXES, SVDQAwqLayout, SVDQInt4Layout, dequantize, packed_awq, packed_parts
 
 _QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
 
@@ -252,18 +252,26 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         columns, rest = self._split_patches(x)
         # A bias that is not owned has its patches applied already, by core.
         bias_patches = self.slots["bias"].active() if self.owns("bias") else []
-        svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
+        y = None
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
-        if svdq and self.backend.precision == "int4" and as_stored:
-            parts = packed_parts(weight._qdata, weight._params)
-            # The codes' arithmetic is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
-            rows = x.reshape(-1, x.shape[-1]).to(parts[0].wscales.dtype)
-            y = reference.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
-            y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
-        else:
+        if as_stored and self.backend.precision == "int4":
+            y = self._int4(x, weight, bias)
+        if y is None:
             dense, bias = self._dense(x, weight, bias, rest, bias_patches)
             y = nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
         return y if columns is None else columns.apply(x, y)
+
+    def _int4(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+        """The linear in the arithmetic of kernels/int4.py, or None where it has to be dequantized."""
+        # That is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
+        rows = x.reshape(-1, x.shape[-1]).to(weight._params.scale.dtype)
+        compute = self.backend.load()
+        if weight._layout_cls == SVDQInt4Layout.__name__:
+            parts = packed_parts(weight._qdata, weight._params)
+            y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
+        else:
+            y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias)
+        return None if y is None else y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
     def _dense(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, rest: list[lora.Patch], bias_patches: list[lora.Patch]

@@ -170,6 +170,45 @@ def _norm_rope(x: torch.Tensor, norm: torch.Tensor, rotary: torch.Tensor) -> tor
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [None, *tiles.TILES["sm_86"]])
+def test_two_inputs_are_summed(tile: tiles.Tile | None, dtype: torch.dtype) -> None:
+    """A signed and an unsigned input, each with a K and a rank of its own, summed before anything is rounded."""
+    from svdq.kernels.epilogue import After
+
+    m, n = 130, 384
+    first = problem(m, n, 256, 32, dtype)
+    codes, ascales, lora_act, weight, _ = problem(m, n, 640, 16, dtype, act_unsigned=True, seed=1)
+    expected = exact(*first) + exact(codes, ascales, lora_act, weight, None)
+    second = (
+        act_layout.pack_act(codes).to(DEVICE),
+        act_layout.pack_ascales(ascales).to(DEVICE),
+        lora_act.to(DEVICE),
+        on_gpu(weight.pack()),
+    )
+    out = run(*first, second=second, tile=tile)
+    assert relative_error(out.cpu(), expected) <= OUTPUT_ROUNDING[dtype]
+    assert torch.equal(out, run(*first, second=second, tile=tile)), "two runs differ"
+    gate, residual = torch.randn(1, n).to(dtype), torch.randn(m, n).to(dtype)
+    after = After(gate=gate.to(DEVICE), residual=residual.to(DEVICE))
+    out = run(*first, second=second, tile=tile, after=after)
+    assert relative_error(out.cpu(), residual.double() + gate.double() * expected) <= OUTPUT_ROUNDING[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_outputs_side_by_side(out_dtype: torch.dtype) -> None:
+    """A part of a wider tensor is written, and nothing beside it."""
+    operands = problem(130, 256, 256, 16, torch.bfloat16)
+    wide = torch.full((131, 128 + 256 + 384), 7.0, dtype=out_dtype, device=DEVICE)
+    out = run(*operands, out=wide[:130, 128:384])
+    assert torch.equal(out, run(*operands, out_dtype=out_dtype))
+    assert (wide[:, :128] == 7).all() and (wide[:, 384:] == 7).all() and (wide[130] == 7).all()
+    with pytest.raises(ValueError, match=r"out is torch.float32 \(130, 128\)"):
+        run(*operands, out=torch.empty(130, 128, device=DEVICE))
+
+
+@pytest.mark.gpu
 def test_epilogues_that_do_not_fit_are_refused() -> None:
     from svdq.kernels.epilogue import After
 
@@ -289,6 +328,20 @@ def test_main_loop_stays_lean_under_epilogues(m: int, n: int, after: str) -> Non
     if triton.__version__ == "3.6.0":
         assert figures.loop_spills == 0
         assert figures.spill_bytes <= 40
+
+
+@pytest.mark.parametrize("after", ["NONE", "GATE_RESIDUAL"])
+def test_main_loops_stay_lean_with_two_inputs(after: str) -> None:
+    """Two loops in one kernel: a few values in local memory, at most one access to it for four MMAs."""
+    triton = pytest.importorskip("triton")
+    from svdq.benchmarks.sass import gemm_int4_figures
+
+    tile = tiles.choose_tile(4608, 3072, "sm_86")
+    figures = gemm_int4_figures(tile, "sm_86", after=after, parts=2)
+    if triton.__version__ == "3.6.0":
+        assert figures.instructions_per_mma <= INSTRUCTIONS_PER_MMA
+        assert figures.loop_spills <= figures.mmas // 4
+        assert figures.spill_bytes <= 128
 
 
 def test_32_bit_output_compiles_without_spills() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_lora(path: Path, config) -> None:
 
 @pytest.fixture(scope="module")
 def run_mode(comfy, tmp_path_factory: pytest.TempPathFactory):
-    """Result of gpu_worker.py in a mode; each mode runs once."""
+    """Result of gpu_worker.py in a mode and precision; each runs once."""
     from svdq.cli.synth import synth
     from svdq.loaders import open_checkpoint
 
@@ -56,17 +57,24 @@ def run_mode(comfy, tmp_path_factory: pytest.TempPathFactory):
     checkpoint, lora = folder / "dev.safetensors", folder / "lora.safetensors"
     synth(checkpoint, variant="dev", scale="tiny", seed=2)
     write_lora(lora, open_checkpoint(checkpoint).config)
-    results: dict[str, dict] = {}
+    results: dict[tuple[str, str], dict] = {}
 
-    def run(mode: str) -> dict:
-        if mode not in results:
-            out = folder / f"{mode}.pt"
+    def run(mode: str, precision: str = "16bit") -> dict:
+        key = (mode, precision)
+        if key not in results:
+            out = folder / f"{mode}-{precision}.pt"
             worker = Path(__file__).with_name("gpu_worker.py")
             command = [sys.executable, worker, find_comfyui(), checkpoint, out, lora, "--", *MODES[mode]]
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, f"{mode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            results[mode] = torch.load(out)
-        return results[mode]
+            done = subprocess.run(
+                [str(word) for word in command],
+                capture_output=True,
+                text=True,
+                timeout=600,
+                env=os.environ | {"SVDQ_BACKEND": precision},
+            )
+            assert done.returncode == 0, f"{key}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            results[key] = torch.load(out)
+        return results[key]
 
     return run
 
@@ -98,3 +106,13 @@ def test_gpu_mode(mode: str, run_mode) -> None:
     for key in ("plain", "lora"):
         assert torch.equal(result[key], reference[key]), f"{key}: {mode} differs from static"
 
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", GPU_MODES)
+def test_gpu_mode_with_int4_kernels(mode: str, run_mode) -> None:
+    """The same with weights that kernels read where ComfyUI has put them."""
+    result = run_mode(mode, "int4")
+    check(result)
+    for key in ("plain", "lora"):
+        assert torch.equal(result[key], run_mode("static", "int4")[key]), f"{key}: {mode} differs from static"
+    assert 1e-3 < relative(result["plain"], run_mode("static")["plain"]) < 0.2  # activations are quantized

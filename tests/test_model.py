@@ -97,6 +97,23 @@ def test_int4_arithmetic_is_close_to_16bit(golden: Path, tiny, arguments, load, 
     assert 1e-3 < error < 0.05  # measured 0.027: activations are quantized, and this model's weights are random
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["golden", *SYNTHETIC])
+def test_int4_kernels_agree_with_pytorch(variant: str, golden: Path, checkpoint_path, load, monkeypatch) -> None:
+    """Codes that fall to the other side of a tie are amplified by a whole model of random weights, so the yardstick is
+    the error of INT4 activations: both are equally far from 16-bit ones, and no further from each other than that."""
+    path = golden / TINY if variant == "golden" else checkpoint_path(variant)
+    arguments, outputs = inputs(open_checkpoint(path)), {}
+    for backend in ("int4", "int4-reference", "16bit"):
+        monkeypatch.setenv("SVDQ_BACKEND", backend)
+        outputs[backend] = forward(load(str(path)), arguments)
+    error = relative(outputs["int4-reference"], outputs["16bit"])
+    print(f"{variant}: {relative(outputs['int4'], outputs['int4-reference']):.4f} apart, "
+          f"{relative(outputs['int4'], outputs['16bit']):.4f} and {error:.4f} from 16bit")  # fmt: skip
+    assert relative(outputs["int4"], outputs["int4-reference"]) <= error
+    assert relative(outputs["int4"], outputs["16bit"]) <= 1.1 * error
+
+
 def test_a_second_load_gives_the_same_bits(golden: Path, arguments, load) -> None:
     first, second = (forward(load(str(golden / TINY)), arguments) for _ in range(2))
     assert torch.equal(first, second)

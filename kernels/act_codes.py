@@ -1,0 +1,199 @@
+"""Values in registers to INT4 activation codes and scales, in Gluon: what all kernels that quantize have in common.
+
+Arithmetic as ``reference.quantize_act``: per row and group of 64, scale = amax / 7 or 15, code = rint(v / scale). Two
+differences: 1 / scale is approximate (one float32 step), and a scale below 2^-126 counts as 2^-126 for the codes.
+
+fma(v, 1 / scale, 2^23 + 8), read as an integer, holds code + 8 in its last bits. Eight of them times powers of 16 add
+up to a word of nibbles in offset binary, modulo 2^32; one XOR makes them two's complement. The exponent bits of the
+first three would be left in that sum: the constant of the fourth is larger by what cancels them.
+
+Tensors are those of ``epilogue.py``: [m16 tiles, n8 tiles, 32 lanes] in the layout P of ``gemm_int4.py``, where lane
+4 * r + c holds columns 2c, 2c + 1 of row r or of row r + 8. Results: [m16 tiles, groups, 32 lanes] in group_layout(P).
+"""
+
+from __future__ import annotations
+
+from .epilogue import pack_pair, unpack_pair
+from .gluon_compat import gl, gluon
+
+_MAGIC = 8388608.0  # 2^23: the last bit of a float between it and twice it is worth 1
+_CANCEL = 0x5000  # in the fourth nibble: (0x4B000000 * 0x11111111 + (_CANCEL << 12)) % 2^32 == 0
+_LARGEST_INVERSE = gl.constexpr(2.0**126)
+
+
+@gluon.constexpr_function
+def group_layout(P):
+    """Layout of one value per row and group, [m16 tiles, groups, 32 lanes], that belongs to P."""
+    m16, n8, _ = P.size_per_thread
+    return gl.BlockedLayout([m16, n8 // 8, 1], [1, 1, 32], P.warps_per_cta, P.order)
+
+
+@gluon.constexpr_function
+def _words_layout(P):
+    """Layout of four words in a row for each value in group_layout."""
+    m16, n8, _ = P.size_per_thread
+    return gl.BlockedLayout([m16, n8 // 8, 1, 4], [1, 1, 32, 1], [*P.warps_per_cta, 1], [3, *P.order])
+
+
+@gluon.jit
+def round_pair(x, y, T: gl.constexpr):
+    """Two float32 rounded to T."""
+    return unpack_pair(pack_pair(x, y, T, False), T)
+
+
+@gluon.jit
+def larger(a, b):
+    """max(|a|, |b|) in one instruction: not a NaN if one of them is none. Written out, |a| becomes one of its own."""
+    asm: gl.constexpr = "{\n.reg .f32 a, b;\nabs.f32 a, $1;\nabs.f32 b, $2;\nmax.f32 $0, a, b;\n}"
+    return gl.inline_asm_elementwise(asm, "=f,f,f", [a, b], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def largest_of_lanes(x):
+    """Maximum of a float32 over lanes 4r..4r+3."""
+    return gl.inline_asm_elementwise(
+        "{\n.reg .f32 s;\nshfl.sync.bfly.b32 s, $1, 1, 31, -1;\nmax.f32 $0, $1, s;\n"
+        "shfl.sync.bfly.b32 s, $0, 2, 31, -1;\nmax.f32 $0, $0, s;\n}",
+        "=&f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def group_scale(largest, UNSIGNED: gl.constexpr):
+    """(scale, 1 / scale) from a group's largest magnitude. The inverse is finite: a group of zeros gives zeros."""
+    scale = largest * (1.0 / (15 if UNSIGNED else 7))
+    inverse = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return scale, gl.minimum(inverse, _LARGEST_INVERSE)
+
+
+@gluon.constexpr_function
+def _code_word_asm(UNSIGNED):
+    """PTX of :func:`code_word`: in one piece, because compilers rearrange the sum into a longer one."""
+    magic = [_MAGIC + (0 if UNSIGNED else 8) + (_CANCEL if i == 3 else 0) for i in range(8)]
+    lines = [f"fma.rn.f32 f{i}, ${i + 1}, $9, {magic[i]:.1f};" for i in range(8)]
+    lines += [f"mov.b32 u{i}, f{i};" for i in range(8)]
+    for step in (1, 2, 4):
+        lines += [f"mad.lo.s32 u{i}, u{i + step}, {16**step}, u{i};" for i in range(0, 8, 2 * step)]
+    lines.append("mov.b32 $0, u0;" if UNSIGNED else "xor.b32 $0, u0, 0x88888888;")
+    return "{\n.reg .f32 f<8>;\n.reg .b32 u<8>;\n" + "\n".join(lines) + "\n}"
+
+
+@gluon.jit
+def code_word(x0, x1, x2, x3, x4, x5, x6, x7, inverse, UNSIGNED: gl.constexpr):
+    """The codes of eight values as the nibbles of a word, the first lowest."""
+    return gl.inline_asm_elementwise(
+        _code_word_asm(UNSIGNED),
+        "=r,f,f,f,f,f,f,f,f,f",
+        [x0, x1, x2, x3, x4, x5, x6, x7, inverse],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _transpose_bytes(x, select1, select2):
+    """Byte j of lane c of four to byte c of lane j."""
+    return gl.inline_asm_elementwise(
+        "{\n.reg .b32 s;\nshfl.sync.bfly.b32 s, $1, 1, 31, -1;\nprmt.b32 $0, $1, s, $2;\n"
+        "shfl.sync.bfly.b32 s, $0, 2, 31, -1;\nprmt.b32 $0, $0, s, $3;\n}",
+        "=&r,r,r,r",
+        [x, select1, select2],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _tiles(x, P: gl.constexpr):
+    """Words [m16, n8, 32] as eight tensors [m16, groups, 32]: the n8 tiles of a group."""
+    Q: gl.constexpr = group_layout(P)
+    x = gl.permute(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 2, 2, 2, 32]), [0, 1, 5, 2, 3, 4])
+    even, odd = gl.split(x)
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    x0, x4 = gl.split(x0)
+    x1, x5 = gl.split(x1)
+    x2, x6 = gl.split(x2)
+    x3, x7 = gl.split(x3)
+    return (
+        gl.convert_layout(x0, Q, assert_trivial=True), gl.convert_layout(x1, Q, assert_trivial=True),
+        gl.convert_layout(x2, Q, assert_trivial=True), gl.convert_layout(x3, Q, assert_trivial=True),
+        gl.convert_layout(x4, Q, assert_trivial=True), gl.convert_layout(x5, Q, assert_trivial=True),
+        gl.convert_layout(x6, Q, assert_trivial=True), gl.convert_layout(x7, Q, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def quantize_group(x, y, UNSIGNED: gl.constexpr, P: gl.constexpr):
+    """Codes and scales of one row half: x, y float32 [m16, n8, 32], columns 2c and 2c + 1, smoothed and rounded to T.
+
+    A warp's n8 tiles are whole groups: P has a multiple of 8 of them per thread. Returns (word0, word1, scale), each
+    [m16, n8 / 8, 32]: word_h has the codes of the row's columns 32h + 8c to 32h + 8c + 7 of the group, low nibble
+    first; scale is float32, not rounded to T, the same in the four lanes of a row.
+    """
+    x0, x1, x2, x3, x4, x5, x6, x7 = _tiles(x, P)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _tiles(y, P)
+    a = larger(larger(larger(x0, x1), larger(x2, x3)), larger(larger(x4, x5), larger(x6, x7)))
+    b = larger(larger(larger(y0, y1), larger(y2, y3)), larger(larger(y4, y5), larger(y6, y7)))
+    scale, inverse = group_scale(largest_of_lanes(larger(a, b)), UNSIGNED)
+    # A lane has the byte of columns 2c, 2c + 1 of every tile; a word is the four bytes of one tile.
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, group_layout(P))))[None, None, :]
+    select1 = gl.where(lane % 2 == 0, 0x6240, 0x3715)
+    select2 = gl.where(lane % 4 < 2, 0x5410, 0x3276)
+    word0 = code_word(x0, y0, x1, y1, x2, y2, x3, y3, inverse, UNSIGNED)
+    word1 = code_word(x4, y4, x5, y5, x6, y6, x7, y7, inverse, UNSIGNED)
+    return _transpose_bytes(word0, select1, select2), _transpose_bytes(word1, select1, select2), scale
+
+
+@gluon.jit
+def _places(tile_m, group, groups, P: gl.constexpr, Q: gl.constexpr):
+    """(m16 tile, lane, number of the block of codes), each in Q, for m16 tiles from tile_m and groups from group."""
+    m16: gl.constexpr = P.size_per_thread[0] * P.warps_per_cta[0]
+    count: gl.constexpr = P.size_per_thread[1] // 8 * P.warps_per_cta[1]
+    tile = tile_m + gl.arange(0, m16, gl.SliceLayout(1, gl.SliceLayout(2, Q)))[:, None, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, Q)))[None, None, :]
+    column = group + gl.arange(0, count, gl.SliceLayout(0, gl.SliceLayout(2, Q)))[None, :, None]
+    return tile, lane, tile // 4 * groups + column
+
+
+@gluon.jit
+def store_half(codes_ptr, ascales_ptr, word0, word1, scale, half, tile_m, group, groups, row_blocks, P: gl.constexpr):
+    """Write what :func:`quantize_group` returned for rows r + 8 * half, in the order of act_layout.py.
+
+    codes_ptr: int32 [B, G, 512] · ascales_ptr: T [B, G, 64] · tile_m: first m16 tile · group: first group · groups: G ·
+    row_blocks: B; tiles beyond it are not written.
+    """
+    tile, lane, block = _places(tile_m, group, groups, P, group_layout(P))
+    inside = tile < row_blocks * 4
+    word_ptr = codes_ptr + block.to(gl.int64) * 512 + (tile % 4 * 128 + lane * 4 + half)
+    gl.store(word_ptr, word0, mask=inside)
+    gl.store(word_ptr + 2, word1, mask=inside)
+    scale_ptr = ascales_ptr + block.to(gl.int64) * 64 + (lane // 4 * 8 + tile % 4 * 2 + half)
+    gl.store(scale_ptr, scale.to(ascales_ptr.dtype.element_ty), mask=inside & (lane % 4 == 0))
+
+
+@gluon.jit
+def store_rows(codes_ptr, ascales_ptr, low, high, tile_m, group, groups, row_blocks, T: gl.constexpr,
+               P: gl.constexpr):  # fmt: skip
+    """As :func:`store_half` for both halves, in 16-byte stores: low, high are what quantize_group returned for rows r
+    and r + 8. ascales_ptr: int32, pairs of scales."""
+    V: gl.constexpr = _words_layout(P)
+    Q: gl.constexpr = gl.SliceLayout(3, V)
+    tile, lane, block = _places(tile_m, group, groups, P, Q)
+    inside = tile < row_blocks * 4
+    words = gl.join(gl.join(low[0], low[1]), gl.join(high[0], high[1]))  # axes: .., k/32, m/8%2
+    words = gl.convert_layout(gl.reshape(words, [low[0].shape[0], low[0].shape[1], 32, 4]), V, assert_trivial=True)
+    word_ptr = codes_ptr + block.to(gl.int64) * 512 + (tile % 4 * 128 + lane * 4)
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, V))))[None, None, None, :]
+    gl.store(gl.expand_dims(word_ptr, 3) + word, words, mask=gl.expand_dims(inside, 3))
+    scales = gl.convert_layout(pack_pair(low[2], high[2], T, False), Q, assert_trivial=True)
+    scale_ptr = ascales_ptr + block.to(gl.int64) * 32 + (lane // 4 * 4 + tile % 4)
+    gl.store(scale_ptr, scales, mask=inside & (lane % 4 == 0))
