@@ -1,7 +1,7 @@
 """Choice of arithmetic: which precision a device gets, and why it does not get the others.
 
 Tensors in, tensors out; nothing here knows files or ComfyUI. Nothing of Triton is imported when this package is, and
-this is the only file that tries to: ``linear.py`` and what it uses need it.
+this is the only file that tries to: ``layers.py`` and what it uses need it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
-from .device import INT4_CAPABILITIES, Device, describe
+from .device import INT4_CAPABILITIES, INT8_CAPABILITY, Device, describe
+
+if TYPE_CHECKING:
+    from .layers import Layers
 
 PRECISIONS = ("auto", "int4", "int8", "16bit")
 FORCE_VARIABLE = "SVDQ_BACKEND"
@@ -35,9 +39,13 @@ class Backend:
     reason: str
     kernels: bool = False
 
-    def load(self) -> ModuleType:
-        """The module that computes layers for this backend: ``linear`` or ``reference``."""
-        return importlib.import_module(".linear" if self.kernels else ".reference", __name__)
+    @property
+    def layers(self) -> Layers | ModuleType:
+        """What computes whole layers for this backend: an object of ``layers.py``, or ``reference``."""
+        if not self.kernels:
+            return importlib.import_module(".reference", __name__)
+        module = importlib.import_module(".layers", __name__)
+        return module.INT4 if self.precision == "int4" else module.INT8
 
 
 @functools.cache
@@ -61,23 +69,29 @@ def explain(device: Device | torch.device | str) -> tuple[Backend, ...]:
     if not isinstance(device, Device):
         device = describe(device)
     has_int4 = device.kind == "cuda" and device.capability in INT4_CAPABILITIES
-    problem = triton_problem() if has_int4 else None
+    has_int8 = device.kind == "cuda" and device.capability >= INT8_CAPABILITY
+    problem = triton_problem() if has_int8 else None
     if has_int4:
         int4 = problem or f"{device.architecture} has INT4 tensor cores"
     elif device.capability is not None:
         int4 = f"{device.architecture} has no INT4 tensor cores"
     else:
         int4 = f"INT4 tensor cores exist on NVIDIA sm_80, sm_86 and sm_89 only, this device is {device.name}"
-    if device.kind in ("cuda", "hip"):
-        int8 = "this version has no INT8 kernels yet"
+    if has_int8:
+        int8 = problem or f"{device.architecture} has INT8 tensor cores"
+    elif device.kind in ("cuda", "hip"):
+        int8 = f"INT8 kernels are made for NVIDIA sm_80 and later, this device is {device.name}"
     else:
         int8 = f"INT8 kernels need a GPU, this device is {device.name}"
-    available = has_int4 and problem is None
     return (
-        Backend("int4", available, int4, kernels=available),
-        Backend("int8", False, int8),
+        _kernels("int4", has_int4 and problem is None, int4),
+        _kernels("int8", has_int8 and problem is None, int8),
         Backend("16bit", True, "weights are dequantized to 16 bits on the fly, in PyTorch, on any device"),
     )
+
+
+def _kernels(precision: str, available: bool, reason: str) -> Backend:
+    return Backend(precision, available, reason, kernels=available)
 
 
 def backend_for(device: Device | torch.device | str, precision: str = "auto") -> Backend:
@@ -109,6 +123,7 @@ def _forced(device: Device, value: str) -> Backend:
         raise BackendUnavailable(
             f"{FORCE_VARIABLE} is {value!r}, expected int4, int4-reference or 16bit: change or unset it"
         )
-    kernels = value == "int4" and device.kind == "cuda" and device.capability >= (8, 0) and triton_problem() is None
+    capable = device.kind == "cuda" and device.capability >= INT8_CAPABILITY
+    kernels = value == "int4" and capable and triton_problem() is None
     arithmetic = "Triton kernels" if kernels else "PyTorch reference arithmetic"
     return Backend(value.removesuffix("-reference"), True, f"forced by {FORCE_VARIABLE}={value}, {arithmetic}", kernels)

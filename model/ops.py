@@ -7,7 +7,9 @@ requantizing the weight, or replace it by a dense one, and take a stored bias fo
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,6 +236,12 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not is_quantized(self.weight):
             return super().forward(x)
+        with self.on_device(x) as (weight, bias):
+            return self._linear(x, weight, bias)
+
+    @contextlib.contextmanager
+    def on_device(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(weight, bias) where x is, for as long as the context lasts; core moves and frees them."""
         comfy.ops.run_every_op()
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self,
@@ -244,9 +252,20 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             offloadable=True,
         )
         try:
-            return self._linear(x, weight, bias)
+            yield weight, bias
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def plain(self, dtype: torch.dtype) -> bool:
+        """Whether fused kernels can take this linear as it is, with activations of ``dtype``: SVDQuant, no patches, no
+        functions of other packs."""
+        return (
+            is_quantized(self.weight)
+            and self.weight._layout_cls == SVDQInt4Layout.__name__
+            and self.weight._params.scale.dtype == dtype
+            and not any(self._functions.values())
+            and not any(slots.active() for slots in self.slots.values())
+        )
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns, rest = self._split_patches(x)
@@ -254,18 +273,18 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         bias_patches = self.slots["bias"].active() if self.owns("bias") else []
         y = None
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
-        if as_stored and self.backend.precision == "int4":
-            y = self._int4(x, weight, bias)
+        if as_stored and self.backend.precision != "16bit":
+            y = self._quantized(x, weight, bias)
         if y is None:
             dense, bias = self._dense(x, weight, bias, rest, bias_patches)
             y = nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
         return y if columns is None else columns.apply(x, y)
 
-    def _int4(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
-        """The linear in the arithmetic of kernels/int4.py, or None where it has to be dequantized."""
+    def _quantized(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+        """The linear with quantized activations, or None where it has to be dequantized."""
         # That is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
         rows = x.reshape(-1, x.shape[-1]).to(weight._params.scale.dtype)
-        compute = self.backend.load()
+        compute = self.backend.layers
         if weight._layout_cls == SVDQInt4Layout.__name__:
             parts = packed_parts(weight._qdata, weight._params)
             y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)

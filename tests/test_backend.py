@@ -30,12 +30,24 @@ def test_int4_tensor_cores_are_used(with_triton: None, capability: tuple[int, in
     assert backend_for(device, "16bit").precision == "16bit"
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+def test_newer_gpus_get_int8(with_triton: None, capability: tuple[int, int]) -> None:
+    backend = backend_for(Device("cuda", "a GPU", capability))
+    assert (backend.precision, backend.kernels) == ("int8", True)
+    assert backend_for(AMPERE, "int8").kernels
+
+
 @pytest.mark.parametrize(
-    ("device", "reason"),
-    [(HOPPER, "sm_90 has no INT4"), (TURING, "sm_75 has no INT4"), (RADEON, "AMD Radeon"), (CPU, "this device is CPU")],
+    ("device", "precision", "reason"),
+    [
+        (HOPPER, "int8", "sm_90 has no INT4"),
+        (TURING, "16bit", "sm_75 has no INT4"),
+        (RADEON, "16bit", "AMD Radeon"),
+        (CPU, "16bit", "this device is CPU"),
+    ],
 )
-def test_other_devices_get_a_reason(with_triton: None, device: Device, reason: str) -> None:
-    assert backend_for(device).precision == "16bit"
+def test_other_devices_get_a_reason(with_triton: None, device: Device, precision: str, reason: str) -> None:
+    assert backend_for(device).precision == precision
     with pytest.raises(BackendUnavailable, match=f"precision int4 cannot run here: .*{reason}.*Choose auto or one of"):
         backend_for(device, "int4")
     assert all(choice.reason for choice in explain(device))

@@ -1,0 +1,499 @@
+"""INT8 GEMM + low-rank up + bias: Hopper, and every GPU that has no INT4 tensor cores.
+
+    out[m, n] = scales[m] * w.scales[n] * sum_k codes[m, k] * w.q[n, k] + lora_act[m] . proj_up[n] + bias[n]
+
+Contract: ``reference.quantize_act_int8``, ``expand_w4_to_int8`` and ``gemm_w8a8``. Codes and weights are plain int8
+matrices with K contiguous, as INT8 tensor cores want both operands. The integer sum is exact; what follows is float32
+and is rounded once. Unsigned activation codes c stand for c + 128: 128 times a weight row's sum joins the integer sum.
+
+Two kernels: ``gluon_hopper.py`` for sm_90, and the one here, in plain Triton, for the rest. Weights are made from the
+INT4 checkpoint by ``expand_w4_to_int8``: for good, or into a scratch buffer just before each GEMM.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import describe
+from .epilogue import KINDS, After, require
+from .int4 import GROUP, RANK_MULTIPLE, PackedW4A4
+
+HEAD = tl.constexpr(128)
+EPS = tl.constexpr(1e-6)
+_GELU = tl.constexpr(1)  # numbers of epilogue.KINDS
+_GATE_RESIDUAL = tl.constexpr(2)
+_NORM_ROPE = tl.constexpr(3)
+_ROUND = tl.constexpr(12582912.0)  # 3 * 2^22: adding it rounds a small float32 to an integer, ties to even
+_ROUND_BITS = tl.constexpr(0x4B400000)
+_EXPONENT = tl.constexpr(0x4B000000)  # the float 2^23, whose last bit is worth 1
+
+
+@dataclass(frozen=True)
+class W8:
+    """One INT8 weight: q int8 [N, K], row-major · scales float32 [N] · sums int32 [N]: of q along K · act_unsigned: as
+    in int4.py; the activation codes it takes are then those of an unsigned layer."""
+
+    q: Tensor
+    scales: Tensor
+    sums: Tensor
+    act_unsigned: bool = False
+
+    @property
+    def n(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.q.shape[1]
+
+
+# ---- INT4 checkpoint weights to INT8
+
+
+@triton.jit
+def _expand_kernel(
+    words_ptr, wscales_ptr, q_ptr, scales_ptr, sums_ptr, G,
+    SUMS: tl.constexpr, STEP: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """16 rows and all of K, STEP groups at a time: one contiguous 512 bytes of each tile of the file (layout.py)."""
+    pid = tl.program_id(0)
+    row = tl.arange(0, 16)
+    # Scales: [N / 128, G, 128], 16 rows as in layout.unpack_vector.
+    place = row % 8 // 2 * 4 + row // 8 * 2 + row % 2
+    wscales_ptr += pid // 8 * (G * 128) + pid % 8 * 16
+    largest = tl.zeros([16], tl.float32)
+    for g in range(0, G, BLOCK_G):
+        offs_g = g + tl.arange(0, BLOCK_G)
+        s = tl.load(wscales_ptr + offs_g[:, None] * 128 + place[None, :], mask=(offs_g < G)[:, None], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(s.to(tl.float32)), axis=0))
+    scales = largest * 0.0625
+    tl.store(scales_ptr + pid * 16 + row, scales)
+    inverse = tl.where(scales > 0.0, 1.0 / scales, 0.0)
+
+    words_ptr += pid // 8 * (G * 1024) + pid % 8 * 128
+    q_ptr += (pid * 16).to(tl.int64) * (G * 64)
+    offs_step = tl.arange(0, STEP)
+    offs_q = row[:, None] * (G * 64) + tl.arange(0, STEP * 64)[None, :]
+    shifts = 4 * tl.arange(0, 8)
+    sums = tl.zeros([16], tl.int32)
+    for g in tl.range(0, G, STEP, num_stages=STAGES):
+        inside = g + offs_step < G
+        words = tl.load(
+            words_ptr + (g + offs_step)[:, None] * 1024 + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0
+        )
+        s = tl.load(wscales_ptr + (g + offs_step)[None, :] * 128 + place[:, None], mask=inside[None, :], other=0.0)
+        ratio = s.to(tl.float32) * inverse[:, None]  # [16, STEP], at most 16
+        # axes: group, n%8, k/8%4, n/8, k/32 -> n/8, n%8, group, k/32, k/8%4
+        words = tl.permute(tl.reshape(words, [STEP, 8, 4, 2, 2]), [3, 1, 0, 4, 2])
+        code = ((tl.reshape(words, [16, STEP, 8])[:, :, :, None] >> shifts) & 15) ^ 8  # the code + 8
+        code = (code | _EXPONENT).to(tl.float32, bitcast=True) - 8388616.0
+        scaled = tl.fma(code, tl.broadcast_to(ratio[:, :, None, None], [16, STEP, 8, 8]), _ROUND)
+        q = tl.reshape(scaled.to(tl.int32, bitcast=True) - _ROUND_BITS, [16, STEP * 64])
+        if SUMS:
+            sums += tl.sum(q, axis=1)
+        tl.store(q_ptr + g * 64 + offs_q, q.to(tl.int8), mask=g * 64 + tl.arange(0, STEP * 64)[None, :] < G * 64)
+    if SUMS:
+        tl.store(sums_ptr + pid * 16 + row, sums)
+
+
+def expand_w4_to_int8(
+    weight: PackedW4A4, out: Tensor | None = None, step: int = 8, warps: int = 4, stages: int = 2
+) -> W8:
+    """As :func:`kernels.reference.expand_w4_to_int8`, from file order to natural row-major.
+
+    out: int8 [N, K] to write q into, or None · step (groups at a time), warps, stages: for benchmarks. ``sums`` is
+    filled only where the layer takes unsigned activation codes. One pass, bound by memory: 1.5 bytes per weight.
+    """
+    n, k = weight.n, weight.k
+    device = weight.qweight.device
+    q = torch.empty(n, k, dtype=torch.int8, device=device) if out is None else out
+    require("out", q, (n, k), torch.int8)
+    scales = torch.empty(n, dtype=torch.float32, device=device)
+    sums = torch.empty(n, dtype=torch.int32, device=device) if weight.act_unsigned else scales.view(torch.int32)
+    with torch.cuda.device_of(q):
+        _expand_kernel[(n // 16,)](
+            words_ptr=weight.qweight.view(torch.int32),
+            wscales_ptr=weight.wscales,
+            q_ptr=q,
+            scales_ptr=scales,
+            sums_ptr=sums,
+            G=k // GROUP,
+            SUMS=weight.act_unsigned,
+            STEP=step,
+            BLOCK_G=16,
+            STAGES=stages,
+            num_warps=warps,
+        )
+    return W8(q, scales, sums, weight.act_unsigned)
+
+
+# ---- the plain Triton kernel
+
+
+@triton.jit
+def _dot(a, w, row, column, M, N, K, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """sum_k a[row + i, k] * w[column + j, k] as int32 [BM, BN]; a, w: tensor descriptors or pointers."""
+    acc = tl.zeros([BM, BN], dtype=tl.int32)
+    if TMA:
+        for k in range(0, K, BK):
+            acc = tl.dot(a.load([row, k]), w.load([column, k]).T, acc, out_dtype=tl.int32)
+    else:
+        # Rows and columns beyond the last repeat it: they are not stored.
+        offs_k = tl.arange(0, BK)
+        offs_m = tl.minimum(row + tl.arange(0, BM), M - 1)
+        offs_n = tl.minimum(column + tl.arange(0, BN), N - 1)
+        a += offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+        w += offs_n.to(tl.int64)[None, :] * K + offs_k[:, None]
+        for _ in range(0, K, BK):
+            acc = tl.dot(tl.load(a), tl.load(w), acc, out_dtype=tl.int32)
+            a += BK
+            w += BK
+    return acc
+
+
+@triton.jit
+def _scale(acc, scales_ptr, wscales_ptr, sums_ptr, offs_m, offs_n, M, N, UNSIGNED: tl.constexpr):
+    """The integer sum as float32 values."""
+    if UNSIGNED:
+        acc += (tl.load(sums_ptr + offs_n, mask=offs_n < N, other=0) * 128)[None, :]
+    scales = tl.load(scales_ptr + offs_m, mask=offs_m < M, other=0.0)
+    wscales = tl.load(wscales_ptr + offs_n, mask=offs_n < N, other=0.0)
+    return acc.to(tl.float32) * scales[:, None] * wscales[None, :]
+
+
+@triton.jit
+def _norm_rope(y, offs_m, column, norm_q_ptr, norm_k_ptr, rotary_ptr, M, N):
+    """RMSNorm and RoPE of the heads of 128 that begin at ``column``; heads in the last third of N are left alone."""
+    BM: tl.constexpr = y.shape[0]
+    HEADS: tl.constexpr = y.shape[1] // HEAD
+    third = (column // HEAD + tl.arange(0, HEADS)) // (N // (3 * HEAD))
+    pair = tl.arange(0, HEAD // 2)
+    even, odd = tl.split(tl.reshape(y, [BM, HEADS, HEAD // 2, 2]))
+    inverse = tl.rsqrt(tl.sum(even * even + odd * odd, axis=2) * (1.0 / HEAD) + EPS)
+    q0, q1 = tl.load(norm_q_ptr + 2 * pair), tl.load(norm_q_ptr + 2 * pair + 1)
+    k0, k1 = tl.load(norm_k_ptr + 2 * pair), tl.load(norm_k_ptr + 2 * pair + 1)
+    is_q = (third == 0)[:, None]
+    plain = (third >= 2)[None, :, None]
+    norm0 = tl.where(is_q, q0[None, :], k0[None, :]).to(tl.float32)
+    norm1 = tl.where(is_q, q1[None, :], k1[None, :]).to(tl.float32)
+    even = even * tl.where(plain, 1.0, inverse[:, :, None] * norm0[None, :, :])
+    odd = odd * tl.where(plain, 1.0, inverse[:, :, None] * norm1[None, :, :])
+    offs = tl.minimum(offs_m, M - 1)[:, None] * HEAD + 2 * pair[None, :]
+    sine = tl.where(plain, 0.0, tl.load(rotary_ptr + offs)[:, None, :])
+    cosine = tl.where(plain, 1.0, tl.load(rotary_ptr + offs + 1)[:, None, :])
+    return tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), [BM, HEADS * HEAD])
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_gate"])
+def _gemm_w8a8_kernel(
+    a, w, a2, w2, scales_ptr, wscales_ptr, sums_ptr, scales2_ptr, wscales2_ptr, sums2_ptr,
+    lora_act_ptr, proj_up_ptr, bias_ptr, out_ptr, gate_ptr, residual_ptr, norm_q_ptr, norm_k_ptr, rotary_ptr,
+    M, N, K, K2, R, stride_out, rows_per_gate,
+    UNSIGNED: tl.constexpr, UNSIGNED2: tl.constexpr, SECOND: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
+    RANKS: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Blocks of BM x BN, one program after the other taking the next · RANKS: low-rank columns at a time."""
+    blocks_m = tl.cdiv(M, BM)
+    blocks_n = tl.cdiv(N, BN)
+    in_group = GROUP_M * blocks_n
+    for block in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=FLATTEN):
+        # Down GROUP_M row blocks before the next column block.
+        first_m = block // in_group * GROUP_M
+        group_m = tl.minimum(blocks_m - first_m, GROUP_M)
+        row = (first_m + block % in_group % group_m) * BM
+        column = block % in_group // group_m * BN
+        offs_m = row + tl.arange(0, BM)
+        offs_n = column + tl.arange(0, BN)
+        y = _scale(
+            _dot(a, w, row, column, M, N, K, TMA, BM, BN, BK),
+            scales_ptr, wscales_ptr, sums_ptr, offs_m, offs_n, M, N, UNSIGNED,
+        )  # fmt: skip
+        if SECOND:
+            y += _scale(
+                _dot(a2, w2, row, column, M, N, K2, TMA, BM, BN, BK),
+                scales2_ptr, wscales2_ptr, sums2_ptr, offs_m, offs_n, M, N, UNSIGNED2,
+            )  # fmt: skip
+        last_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+        last_n = tl.minimum(offs_n, N - 1)
+        if RANKS > 0:
+            for r in range(0, R, RANKS):
+                offs_r = r + tl.arange(0, RANKS)
+                lora_act = tl.load(lora_act_ptr + last_m[:, None] * R + offs_r[None, :])
+                proj_up = tl.load(proj_up_ptr + last_n[None, :] * R + offs_r[:, None])
+                y = tl.dot(lora_act, proj_up, y)
+        if BIAS:
+            y += tl.load(bias_ptr + last_n).to(tl.float32)[None, :]
+        if EPILOGUE == _GELU:
+            u = y * (0.7978845608028654 + 0.035677408136300125 * y * y)
+            y = y / (1.0 + tl.exp2(u * -2.8853900817779268))
+        elif EPILOGUE == _GATE_RESIDUAL:
+            gate = tl.load(gate_ptr + (last_m // rows_per_gate)[:, None] * N + last_n[None, :])
+            residual = tl.load(residual_ptr + last_m[:, None] * N + last_n[None, :])
+            y = residual.to(tl.float32) + gate.to(tl.float32) * y
+        elif EPILOGUE == _NORM_ROPE:
+            y = _norm_rope(y, offs_m, column, norm_q_ptr, norm_k_ptr, rotary_ptr, M, N)
+        if out_ptr.dtype.element_ty == tl.float16:
+            y = tl.clamp(y, -65504.0, 65504.0)
+        tl.store(
+            out_ptr + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :],
+            y.to(out_ptr.dtype.element_ty),
+            mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
+        )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_m x block_n outputs of a program, block_k columns of K at a time, ``stages`` of them in shared memory ·
+    tma: operands are loaded by the bulk tensor copy engine, and each multiprocessor has one program, which takes block
+    after block · flatten: whether the compiler makes one loop of blocks and columns."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    tma: bool = False
+    group_m: int = 8
+    flatten: bool = False
+
+
+def choose_tile(m: int, n: int, arch: str, second: bool = False) -> Tile:
+    """The tile of the plain Triton kernel: a reviewed table, no autotune. second: whether K has a second part, whose
+    scales need accumulators of their own."""
+    if arch == "sm_90":
+        if m <= 64 or -(-m // 128) * -(-n // 128) <= 96:
+            return Tile(64, 128, 128, 4, 4, tma=True)
+        return Tile(128, 128, 128, 8, 4, tma=True) if second else Tile(128, 256, 128, 8, 3, tma=True)
+    if arch == "hip":
+        return Tile(128, 128, 64, 8, 2)
+    stages = 4 if arch == "sm_80" or arch.startswith("sm_10") else 3
+    if m <= 64:
+        return Tile(64, 128, 64, 4, stages)
+    return Tile(128, 128, 64, 8, stages)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Checked operands of gemm_w8a8; first and second: codes, scales and weight."""
+
+    first: tuple[Tensor, Tensor, W8]
+    second: tuple[Tensor, Tensor, W8] | None
+    lora_act: Tensor
+    proj_up: Tensor
+    bias: Tensor | None
+    after: After
+    out: Tensor
+
+    @property
+    def after_tensors(self) -> tuple[Tensor, ...]:
+        """bias, gate, residual, norm_q, norm_k, rotary; the output stands for those that there are not."""
+        after = self.after
+        tensors = (self.bias, after.gate, after.residual, after.norm_q, after.norm_k, after.rotary)
+        return tuple(self.out if tensor is None else tensor for tensor in tensors)
+
+    @property
+    def rows_per_gate(self) -> int:
+        return 1 if self.after.gate is None else self.out.shape[0] // self.after.gate.shape[0]
+
+
+def _run_triton(tile: Tile, call: _Call) -> None:
+    """The plain Triton kernel."""
+    (codes, scales, w), (codes2, scales2, w2) = call.first, call.second or call.first
+    m, n = call.out.shape
+    rank = call.proj_up.shape[1]
+    matrices = (codes, w.q, codes2, w2.q)
+    if tile.tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a_block, w_block = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k]
+        matrices = tuple(
+            TensorDescriptor.from_tensor(matrix, block)
+            for matrix, block in zip(matrices, (a_block, w_block) * 2, strict=True)
+        )
+    blocks = -(-m // tile.block_m) * -(-n // tile.block_n)
+    _gemm_w8a8_kernel[(min(blocks, multiprocessors(codes.device.index)) if tile.tma else blocks,)](
+        *matrices,
+        scales,
+        w.scales,
+        w.sums,
+        scales2,
+        w2.scales,
+        w2.sums,
+        call.lora_act if rank else call.out,
+        call.proj_up if rank else call.out,
+        *call.after_tensors[:1],
+        call.out,
+        *call.after_tensors[1:],
+        m,
+        n,
+        w.k,
+        w2.k,
+        rank,
+        call.out.stride(0),
+        call.rows_per_gate,
+        UNSIGNED=w.act_unsigned,
+        UNSIGNED2=w2.act_unsigned,
+        SECOND=call.second is not None,
+        BIAS=call.bias is not None,
+        EPILOGUE=KINDS.index(call.after.name),
+        RANKS=next(r for r in (64, 32, 16) if rank % r == 0) if rank else 0,
+        TMA=tile.tma,
+        FLATTEN=tile.flatten,
+        BM=tile.block_m,
+        BN=tile.block_n,
+        BK=tile.block_k,
+        GROUP_M=tile.group_m,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _run_hopper(tile, call: _Call) -> None:
+    """The kernel of ``gluon_hopper.py``; of ``tile`` what depends on the operands is filled in here."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import gluon_hopper
+
+    (codes, scales, w), (codes2, scales2, w2) = call.first, call.second or call.first
+    m, n = call.out.shape
+    rank = call.proj_up.shape[1]
+    steps1, steps2 = w.k // 128, w2.k // 128 if call.second else 0
+    sms = multiprocessors(codes.device.index)
+    plan = gluon_hopper.plan(m, n, steps1 + steps2, tile, sms)
+    ranks = next((r for r in (16, 32) if rank <= r), 64) if rank else 0
+    tile = replace(
+        tile,
+        ranks=ranks,
+        second=call.second is not None,
+        unsigned=w.act_unsigned,
+        unsigned2=w2.act_unsigned,
+        bias=call.bias is not None,
+        epilogue=KINDS.index(call.after.name),
+        split=plan.pieces > 1,
+        least_steps=0,
+        skew=tile.skew if plan.least_steps(steps1 + steps2) > tile.skew else 0,
+    )
+    partial, counter = call.out, call.out
+    if plan.partial_elements(tile):
+        partial = torch.empty(plan.partial_elements(tile), dtype=torch.float32, device=codes.device)
+    if tile.split:
+        counter = torch.zeros(plan.split_blocks * 2, dtype=torch.int32, device=codes.device)
+
+    def describe_matrix(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+        width = columns * matrix.element_size()
+        layout = gl.NVMMASharedLayout(width, matrix.element_size() * 8, 2)
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
+
+    a, b = describe_matrix(codes, tile.rows, 128), describe_matrix(w.q, tile.tn, 128)
+    a2, b2 = (describe_matrix(codes2, tile.rows, 128), describe_matrix(w2.q, tile.tn, 128)) if call.second else (a, b)
+    lora, up = a, b
+    if rank:
+        lora, up = describe_matrix(call.lora_act, tile.rows, ranks), describe_matrix(call.proj_up, tile.tn, ranks)
+    gluon_hopper.gemm_w8a8_hopper_kernel[(plan.grid,)](
+        a,
+        b,
+        a2,
+        b2,
+        lora,
+        up,
+        describe_matrix(call.out, tile.tm, 64),
+        scales,
+        w.scales,
+        w.sums,
+        scales2,
+        w2.scales,
+        w2.sums,
+        *call.after_tensors,
+        partial,
+        counter,
+        m,
+        n,
+        steps1,
+        steps2,
+        rank,
+        plan.whole,
+        plan.pieces,
+        plan.items,
+        call.rows_per_gate,
+        C=tile,
+        num_warps=4,
+    )
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+# ---- whichever kernel
+
+
+def gemm_w8a8(
+    codes: Tensor,
+    scales: Tensor,
+    lora_act: Tensor,
+    weight: W8,
+    proj_up: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    after: After | None = None,
+    out: Tensor | None = None,
+    second: tuple[Tensor, Tensor, W8] | None = None,
+    tile=None,
+) -> Tensor:
+    """As :func:`kernels.reference.gemm_w8a8`, on one GPU; what follows the GEMM as in ``epilogue.py``.
+
+    codes: int8 [M, K] · scales: float32 [M] · lora_act: T or float32 [M, R], rounded to T · proj_up: T [N, R], natural
+    order · bias: [N], any float dtype, or None · after: what else is done before rounding · out: [M, N] to write to, of
+    which rows may be apart; its type is then out_dtype · second: codes [M, K2], scales [M] and weight [N, K2] of a
+    second input whose product is added before anything is rounded; lora_act and proj_up then hold both low-rank
+    branches side by side · tile: a Tile or gluon_hopper.HopperTile, for tests and benchmarks. Returns [M, N] in
+    ``out_dtype`` (bf16, fp16 or float32, default T); fp16 saturates at 65504. N, K and K2 are multiples of 128, R of
+    16. Raises ValueError where operands do not fit.
+    """
+    m, rank = lora_act.shape
+    n = weight.n
+    dtype = proj_up.dtype
+    after = after or After()
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"proj_up is {dtype}, expected torch.bfloat16 or torch.float16")
+    operands = ((codes, scales, weight), second or (codes, scales, weight))
+    for part_codes, part_scales, part_weight in operands:
+        k = part_weight.k
+        if n % 128 or k % 128 or rank % RANK_MULTIPLE:
+            raise ValueError(f"N, K, R are {n}, {k}, {rank}, expected multiples of 128, 128, {RANK_MULTIPLE}")
+        require("codes", part_codes, (m, k), torch.int8)
+        require("scales", part_scales, (m,), torch.float32)
+        require("weight q", part_weight.q, (n, k), torch.int8)
+        require("weight scales", part_weight.scales, (n,), torch.float32)
+        require("weight sums", part_weight.sums, (n,), torch.int32)
+    lora_act = lora_act.to(dtype)
+    require("lora_act", lora_act, (m, rank), dtype)
+    require("proj_up", proj_up, (n, rank), dtype)
+    if bias is not None:
+        require("bias", bias, (n,), bias.dtype)
+    after.check(m, n, dtype)
+    if out is None:
+        out = torch.empty(m, n, dtype=out_dtype or dtype, device=codes.device)
+    elif tuple(out.shape) != (m, n) or out.stride(1) != 1:
+        raise ValueError(f"out is {list(out.shape)}, strides {out.stride()}, expected {[m, n]} with contiguous rows")
+    if out.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"out is {out.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
+    if m == 0:
+        return out
+    call = _Call((codes, scales, weight), second, lora_act, proj_up, bias, after, out)
+    architecture = describe(codes.device).architecture
+    with torch.cuda.device_of(codes):
+        tile = tile or choose_tile(m, n, architecture, second is not None)
+        _run_triton(tile, call) if isinstance(tile, Tile) else _run_hopper(tile, call)
+    return out
+

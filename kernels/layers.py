@@ -1,0 +1,157 @@
+"""What a FLUX block is made of, on quantized weights: one interface, INT4 and INT8 arithmetic behind it.
+
+A block quantizes an input once (``quantize``), multiplies it with a layer (``multiply``, or ``multiply_sum`` for two
+inputs), and lets the GEMM do what follows (epilogue.After). Importing this imports Triton.
+
+Vocabulary: part, one PackedW4A4 of a layer in file order · T the 16-bit type of its scales.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .epilogue import After
+from .gemm_int4 import gemm_w4a4
+from .gemm_int8 import expand_w4_to_int8, gemm_w8a8
+from .gemm_quantize import gemm_gelu_quantize
+from .gemv import MAX_ROWS, gemv_w4a16
+from .int4 import PackedAWQ, PackedW4A4
+from .low_rank import natural_factors
+from .quantize import quantize_act
+from .quantize_int8 import quantize_act_int8
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """LayerNorm without affine parameters (eps 1e-6), then x * (1 + scale) + shift. scale, shift: T [B, K], B divides
+    M."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+class Layers(ABC):
+    """Layers in one kind of arithmetic."""
+
+    after = After
+    modulation = Modulation
+
+    @abstractmethod
+    def quantize(self, x: Tensor, part: PackedW4A4, modulation: Modulation | None = None) -> Any:
+        """x T [M, K], rows contiguous, modulated if so asked, as the input of ``part``."""
+
+    @abstractmethod
+    def multiply(
+        self, x: Any, part: PackedW4A4, bias: Tensor | None, after: After | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """T [M, N] = after(x @ part + bias); x: what ``quantize`` returned for this part · out: where to write it."""
+
+    @abstractmethod
+    def multiply_sum(
+        self,
+        first: Any,
+        first_part: PackedW4A4,
+        second: Any,
+        second_part: PackedW4A4,
+        bias: Tensor | None,
+        after: After | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """after(first @ first_part + second @ second_part + bias), rounded once."""
+
+    @abstractmethod
+    def gelu_input(self, x: Any, part: PackedW4A4, bias: Tensor | None, following: PackedW4A4) -> Any:
+        """GELU(x @ part + bias) as the input of the layer ``following``."""
+
+    def linear_parts_w4a4(self, x: Tensor, parts: tuple[PackedW4A4, ...], axis: int, bias: Tensor | None) -> Tensor:
+        """A whole linear on x T [M, K], as :func:`kernels.reference.linear_parts_w4a4`; bias [N] or None (the stored).
+
+        axis 0: outputs side by side in one tensor; axis 1: two inputs side by side, summed before anything is rounded.
+        """
+        if axis == 0:
+            y = torch.empty(x.shape[0], sum(part.n for part in parts), dtype=x.dtype, device=x.device)
+            start = 0
+            for part in parts:
+                stop = start + part.n
+                part_bias = None if bias is None else bias[start:stop]
+                self.multiply(self.quantize(x, part), part, part_bias, out=y[:, start:stop])
+                start = stop
+            return y
+        first, second = parts
+        head, tail = self.quantize(x[:, : first.k], first), self.quantize(x[:, first.k :], second)
+        return self.multiply_sum(head, first, tail, second, bias)
+
+    def linear_awq(self, x: Tensor, weight: PackedAWQ, bias: Tensor | None) -> Tensor | None:
+        """A modulation layer on x T [M, K], as :func:`kernels.gemv.gemv_w4a16`; None where that does not apply."""
+        if not 1 <= x.shape[0] <= MAX_ROWS or x.dtype != weight.wscales.dtype:
+            return None
+        return gemv_w4a16(x, weight, bias)
+
+
+class Int4Layers(Layers):
+    """INT4 activations, the arithmetic of int4.py."""
+
+    def quantize(self, x, part, modulation=None):
+        if modulation is not None:
+            x = layer_norm_modulate(x, modulation)
+        return quantize_act(x, part)
+
+    def multiply(self, x, part, bias, after=None, out=None):
+        return gemm_w4a4(*x, part, bias, after=after, out=out)
+
+    def multiply_sum(self, first, first_part, second, second_part, bias, after=None, out=None):
+        return gemm_w4a4(*first, first_part, bias, after=after, out=out, second=(*second, second_part))
+
+    def gelu_input(self, x, part, bias, following):
+        return gemm_gelu_quantize(*x, part, following, bias)
+
+
+@dataclass(frozen=True)
+class Int8Input:
+    """codes int8 [M, K], scales float32 [M], lora_act T [M, R], and the layer's proj_up T [N, R] in natural order."""
+
+    codes: Tensor
+    scales: Tensor
+    lora_act: Tensor
+    proj_up: Tensor
+
+
+class Int8Layers(Layers):
+    """INT8 activations with one scale per token; weights are expanded to INT8 just before each product."""
+
+    def quantize(self, x, part, modulation=None):
+        proj_down, proj_up = natural_factors(part)
+        scale, shift = (None, None) if modulation is None else (modulation.scale, modulation.shift)
+        return Int8Input(*quantize_act_int8(x, part, proj_down, scale, shift), proj_up)
+
+    def multiply(self, x, part, bias, after=None, out=None):
+        weight = expand_w4_to_int8(part)
+        return gemm_w8a8(x.codes, x.scales, x.lora_act, weight, x.proj_up, bias, after=after, out=out)
+
+    def multiply_sum(self, first, first_part, second, second_part, bias, after=None, out=None):
+        lora_act = torch.cat((first.lora_act, second.lora_act), dim=1)
+        proj_up = torch.cat((first.proj_up, second.proj_up), dim=1)
+        weight, weight2 = expand_w4_to_int8(first_part), expand_w4_to_int8(second_part)
+        return gemm_w8a8(
+            first.codes, first.scales, lora_act, weight, proj_up, bias, after=after, out=out,
+            second=(second.codes, second.scales, weight2),
+        )  # fmt: skip
+
+    def gelu_input(self, x, part, bias, following):
+        return self.quantize(self.multiply(x, part, bias, After(gelu=True)), following)
+
+
+def layer_norm_modulate(x: Tensor, modulation: Modulation) -> Tensor:
+    """x T [M, K] normalized and modulated in float32, rounded once."""
+    rows = x.shape[0] // modulation.scale.shape[0]
+    normal = torch.nn.functional.layer_norm(x.float(), (x.shape[1],), eps=1e-6)
+    scale, shift = (t.float().repeat_interleave(rows, dim=0) for t in (modulation.scale, modulation.shift))
+    return (normal * (1 + scale) + shift).to(x.dtype)
+
+
+INT4, INT8 = Int4Layers(), Int8Layers()
