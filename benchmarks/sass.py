@@ -48,13 +48,20 @@ class Figures:
 
 
 def compile_for(
-    fn, signature: dict[str, str], constants: dict, arch: str, warps: int, aligned: set[str], mma: str = "IMMA"
+    fn,
+    signature: dict[str, str],
+    constants: dict,
+    arch: str,
+    warps: int,
+    aligned: set[str],
+    mma: str = "IMMA",
+    **options: int,
 ) -> Figures:
     """Compile a Triton or Gluon kernel for ``arch`` ("sm_86") and read its machine code.
 
     signature: Triton types of the run-time arguments in order ("*i32", "i32") · constants: its constexpr arguments ·
     aligned: arguments that are multiples of 16 (for pointers: bytes), which the launcher finds out by itself ·
-    mma: how opcodes of the matrix products start, by which the main loop is found.
+    mma: how opcodes of the matrix products start, by which the main loop is found · options: more of the compiler's.
     """
     full = signature | dict.fromkeys(constants, "constexpr")
     if list(full) != fn.arg_names:
@@ -63,7 +70,7 @@ def compile_for(
     language = GluonASTSource if fn.is_gluon() else ASTSource
     source = language(fn=fn, signature=full, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": warps})
+    kernel = triton.compile(source, target=target, options={"num_warps": warps, **options})
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

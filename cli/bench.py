@@ -1,39 +1,88 @@
-"""``bench``: figures of the kernels. Today the static ones: machine code and a model, for GPUs that are not here."""
+"""``bench``: figures of the kernels, measured on this machine's GPU or, for others, from machine code and a model."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.util
 import json
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from . import UserError
+from . import ROOT, UserError
+from .demo import _write_atomically
 
-_COLUMNS = ("gpu", "op", "m", "n", "k", "rank", "tile", "instructions_per_mma", "registers", "spill_bytes",
-            "epilogue_instructions", "predicted_us", "predicted_tops", "limit")  # fmt: skip
+_STATIC = ("gpu", "op", "m", "n", "k", "rank", "tile", "instructions_per_mma", "registers", "spill_bytes",
+           "epilogue_instructions", "predicted_us", "predicted_tops", "limit")  # fmt: skip
+_MEASURED = ("op", "linear", "m", "n", "k", "rank", "tile", "us", "low_us", "high_us", "value", "unit", "ceiling",
+             "percent", "ceiling_of")  # fmt: skip
+_OLDEST = (8, 0)  # compute capability: bf16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench``."""
-    parser.add_argument("what", choices=("kernels",), help="kernels: the INT4 GEMM with its epilogues")
-    parser.add_argument("--static", action="store_true", help="from machine code; needs no GPU")
+    parser.add_argument("what", choices=("kernels",), help="kernels: INT4 GEMM with its epilogues, quantize, GEMV")
+    parser.add_argument("--static", action="store_true", help="the GEMM on other GPUs, from machine code; needs no GPU")
     parser.add_argument("--json", action="store_true", help="a JSON list of rows instead of a table")
+    parser.add_argument("--save", action="store_true", help="also write what was measured to benchmarks/results")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the rows; returns the exit code."""
-    if not args.static:
-        raise UserError("bench kernels measures nothing yet: add --static for figures from machine code")
-    from ..benchmarks.kernels import static_rows
     from .console import StatusLine
 
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(f"{sys.executable} lacks triton, which compiles the kernels; run: pip install triton")
+    if args.static and args.save:
+        raise UserError("--save is for measured rows; run without --static, or redirect --static --json")
     status = StatusLine(sys.stderr)
-    rows = list(static_rows(status.update))
+    rows = list(_static(status) if args.static else _measured(status))
     status.clear()
-    print(json.dumps(rows, indent=1) if args.json else _table(rows))
+    print(json.dumps(rows, indent=1) if args.json else _table(rows, _STATIC if args.static else _MEASURED))
+    if not args.static and not any(row["op"].startswith("gemm") for row in rows):
+        print(f"no INT4 GEMM: there are no tiles for {rows[0]['arch']}", file=sys.stderr)
+    if args.save:
+        print(f"saved {_save(rows)}", file=sys.stderr)
     return 0
 
 
-def _table(rows: list[dict]) -> str:
-    cells = [_COLUMNS, *([str(row[name]) for name in _COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+def _static(status) -> Iterator[dict]:
+    from ..benchmarks.kernels import static_rows
+
+    return static_rows(status.update)
+
+
+def _measured(status) -> Iterator[dict]:
+    from ..kernels.device import describe
+
+    device = describe("cuda")
+    if device.capability is None:
+        raise UserError("there is no NVIDIA GPU here to measure on; add --static for figures from machine code")
+    if device.capability < _OLDEST:
+        raise UserError(f"{device.name} is {device.architecture}, the kernels need sm_80; add --static for other GPUs")
+    from ..benchmarks.kernels import measured_rows
+    from ..benchmarks.measure import this_card
+
+    return measured_rows(this_card(), status.update)
+
+
+def _save(rows: list[dict]) -> Path:
+    """Write measured rows to a file that is named after GPU and day; a second run of a day replaces the first."""
+    import torch
+
+    today = datetime.date.today().isoformat()
+    name = re.sub(r"[^a-z0-9]+", "-", rows[0]["gpu"].lower()).strip("-")
+    path = ROOT / "benchmarks" / "results" / f"kernels-{name}-{today}.json"
+    path.parent.mkdir(exist_ok=True)
+    result = {"gpu": rows[0]["gpu"], "date": today, "torch": torch.__version__, "rows": rows}
+    _write_atomically(path, json.dumps(result, indent=1).encode())
+    return path
+
+
+def _table(rows: list[dict], columns: tuple[str, ...]) -> str:
+    cells = [columns, *(["" if row[name] is None else str(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(line.rstrip() for line in lines)

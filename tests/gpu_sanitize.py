@@ -1,0 +1,160 @@
+"""Every kernel once at a small shape with a ragged end: a program for NVIDIA's compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python3 tests/gpu_sanitize.py
+    compute-sanitizer --tool racecheck python3 tests/gpu_sanitize.py
+
+Results are compared with float64 and the reference; the exit code is 1 if one is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+# Before torch: every tensor gets memory of its own, so that memcheck sees an access beyond its end.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import conftest  # noqa: F401  makes the clone importable as svdq
+import test_gemm_int4
+import test_gemm_quantize
+import test_gemv
+import test_quantize
+import torch
+from checks import OUTPUT_ROUNDING, assert_codes_close, relative_error
+
+from svdq.kernels import act_layout, reference
+from svdq.kernels.device import describe
+from svdq.kernels.tiles import TILES, Tile
+
+M, N, K, RANK = 70, 384, 256, 32  # M: two blocks of 64 tokens, the second nearly empty; N: one head of each of q, k, v
+DTYPE = torch.bfloat16
+
+
+def gemm(tile: Tile, act_unsigned: bool) -> None:
+    operands = test_gemm_int4.problem(M, N, K, RANK, DTYPE, act_unsigned)
+    _check(test_gemm_int4.run(*operands, tile=tile), test_gemm_int4.exact(*operands))
+
+
+def gemm_float32(tile: Tile) -> None:
+    operands = test_gemm_int4.problem(M, N, K, RANK, DTYPE)
+    _check(test_gemm_int4.run(*operands, out_dtype=torch.float32, tile=tile), test_gemm_int4.exact(*operands))
+
+
+def gemm_gelu(tile: Tile) -> None:
+    operands, y = _small_problem()
+    out = test_gemm_int4.run(*operands, after=_after(gelu=True), tile=tile)
+    _check(out, torch.nn.functional.gelu(y, approximate="tanh"))
+
+
+def gemm_gate_residual(tile: Tile) -> None:
+    operands, y = _small_problem()
+    gate, residual = _random(2, N), _random(M, N)
+    out = test_gemm_int4.run(*operands, after=_after(gate=gate, residual=residual), tile=tile)
+    _check(out, residual.double() + gate.double().repeat_interleave(M // 2, dim=0) * y)
+
+
+def gemm_norm_rope(tile: Tile) -> None:
+    operands, y = _small_problem()
+    norm_q, norm_k = 1 + _random(128) / 4, 1 - _random(128) / 4
+    angle = torch.linspace(0, 6, M * 64).reshape(M, 64)
+    rotary = torch.stack((angle.sin(), angle.cos()), dim=-1)
+    out = test_gemm_int4.run(*operands, after=_after(norm_q=norm_q, norm_k=norm_k, rotary=rotary), tile=tile)
+    heads = y.reshape(M, 3, -1, 128)
+    q, k = (test_gemm_int4._norm_rope(heads[:, i], norm, rotary) for i, norm in enumerate((norm_q, norm_k)))
+    _check(out, torch.stack((q, k, heads[:, 2]), dim=1).reshape(M, N))
+
+
+def gemm_two_inputs(tile: Tile) -> None:
+    operands = test_gemm_int4.problem(M, N, K, RANK, DTYPE)
+    codes, ascales, lora_act, weight, _ = test_gemm_int4.problem(M, N, 2 * K, 16, DTYPE, act_unsigned=True, seed=1)
+    packed = act_layout.pack_act(codes), act_layout.pack_ascales(ascales), lora_act
+    second = (*(part.to(test_gemm_int4.DEVICE) for part in packed), test_gemm_int4.on_gpu(weight.pack()))
+    expected = test_gemm_int4.exact(*operands) + test_gemm_int4.exact(codes, ascales, lora_act, weight, None)
+    _check(test_gemm_int4.run(*operands, second=second, tile=tile), expected)
+
+
+def gemm_gelu_quantize(tile: Tile) -> None:
+    operands, y = _small_problem()
+    after = test_gemm_quantize.following(N, RANK, DTYPE)
+    result = test_gemm_quantize.run(operands, after, tile=tile, rounds=3)
+    codes, ascales, lora_act = test_gemm_quantize.valid(result, M)
+    x = torch.nn.functional.gelu(y, approximate="tanh").to(DTYPE)
+    expected = reference.quantize_act(x, after.smooth_factor, after.proj_down, True)
+    assert_codes_close(codes, expected[0], share=5e-3)
+    error = max(relative_error(ascales, expected[1].double()), relative_error(lora_act, expected[2].double()))
+    assert error <= 1e-3, f"{error:.2e} from the reference"
+
+
+def quantize(act_unsigned: bool, rank: int) -> None:
+    x = _random(M, K)
+    x = reference.gelu(x) if act_unsigned else x
+    test_quantize.check(x, test_quantize.random_layer(K, rank, DTYPE, act_unsigned))
+
+
+def gemv(rows: int) -> None:
+    from svdq.kernels.gemv import gemv_w4a16
+
+    layer, x = test_gemv.random_layer(132, 320, DTYPE), _random(rows, 320)  # neither is a multiple of the blocks
+    _check(gemv_w4a16(x.cuda(), test_gemv.to_gpu(layer.pack(3))), test_gemv.exact(x, layer))
+
+
+def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, what raises AssertionError if a result is wrong)."""
+    for tile in TILES.get(arch, ()):
+        size = f"{tile.block_m} x {tile.block_n}"
+        for act_unsigned in (False, True):
+            yield f"gemm {'u4' if act_unsigned else 's4'} {size}", lambda t=tile, u=act_unsigned: gemm(t, u)
+        for case in (gemm_float32, gemm_gelu, gemm_gate_residual, gemm_norm_rope, gemm_two_inputs):
+            yield f"{case.__name__} {size}", lambda t=tile, c=case: c(t)
+    for tile in TILES.get(arch, ())[1:]:  # with the GELU behind it, the first one is not used
+        yield f"gemm_gelu_quantize {tile.block_m} x {tile.block_n}", lambda t=tile: gemm_gelu_quantize(t)
+    for act_unsigned in (False, True):
+        for rank in (0, RANK):
+            name = f"quantize {'unsigned' if act_unsigned else 'signed'}, rank {rank}"
+            yield name, lambda u=act_unsigned, r=rank: quantize(u, r)
+    for rows in (1, 3, 8):
+        yield f"gemv {rows}", lambda r=rows: gemv(r)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("torch sees no NVIDIA GPU", file=sys.stderr)
+        return 2
+    wrong = 0
+    for name, case in cases(describe("cuda").architecture):
+        try:
+            case()
+            print(f"{name}: ok", flush=True)
+        except AssertionError as error:
+            print(f"{name}: WRONG: {error}", flush=True)
+            wrong += 1
+    torch.cuda.synchronize()
+    return 1 if wrong else 0
+
+
+def _small_problem() -> tuple[tuple, torch.Tensor]:
+    """Operands whose result is about one, where GELU is curved; and that result in float64."""
+    operands = test_gemm_int4.problem(M, N, K, RANK, DTYPE)
+    operands[3].wscales.div_(10), operands[3].proj_up.div_(10), operands[4].div_(10)
+    return operands, test_gemm_int4.exact(*operands)
+
+
+def _after(**parts: object):
+    from svdq.kernels.epilogue import After
+
+    on_gpu = {name: part.to(test_gemm_int4.DEVICE) if torch.is_tensor(part) else part for name, part in parts.items()}
+    return After(**on_gpu)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(DTYPE)
+
+
+def _check(out: torch.Tensor, expected: torch.Tensor) -> None:
+    error = relative_error(out.cpu(), expected)
+    assert error <= OUTPUT_ROUNDING[out.dtype], f"{error:.2e} from float64"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
