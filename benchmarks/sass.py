@@ -146,25 +146,33 @@ def gemm_int4_figures(
     return compile_for(gemm_w4a4_kernel, pointers | sizes, constants, arch, tile.warps, {*pointers, *aligned})
 
 
-def quantize_figures(arch: str, dtype: str = "bf16", rank: int = 32, act_unsigned: bool = False) -> Figures:
-    """The quantize kernel as quantize_act launches it by default."""
-    from svdq.kernels.int4 import SHIFT, SIGNED_MAX, UNSIGNED_MAX
-    from svdq.kernels.quantize import _quantize_kernel
+def quantize_figures(
+    arch: str, dtype: str = "bf16", rank: int = 32, act_unsigned: bool = False, norm: bool = False
+) -> Figures:
+    """The quantize kernel as quantize_act launches it for many rows. Its main loop: two groups of 16 rows a warp, which
+    are 64 elements a thread; 64 is what its instructions are to be divided by."""
+    from svdq.kernels.quantize import choose_cut, quantize_kernel
 
-    pointers = dict.fromkeys(("x_ptr", "smooth_ptr", "proj_down_ptr"), f"*{dtype}")
-    pointers |= {"codes_ptr": "*i32", "ascales_ptr": f"*{dtype}", "lora_act_ptr": "*fp32"}
-    sizes = dict.fromkeys(("M", "K", "R", "stride_xm", "groups_per_piece"), "i32")
+    ranks = triton.next_power_of_2(rank // 16) if rank else 0
+    cut = choose_cut(row_tiles=288, groups=48, ranks=ranks, multiprocessors=132)
+    pointers = dict.fromkeys(("x_ptr", "smooth_ptr", "proj_down_ptr", "codes_ptr", "ascales_ptr"), "*i32")
+    pointers |= {"lora_act_ptr": "*fp32", "pieces_ptr": "*fp32", "arrived_ptr": "*i32", "statistics_ptr": "*fp32"}
+    pointers |= {"scale_ptr": "*i32", "shift_ptr": "*i32"}
+    sizes = dict.fromkeys(("M", "K", "R", "stride_x", "row_blocks", "groups_per_piece", "rows_per_batch"), "i32")
     constants = {
-        "TOP": UNSIGNED_MAX if act_unsigned else SIGNED_MAX,
-        "SHIFT_BY": SHIFT if act_unsigned else 0.0,
-        "LOW_RANK": rank > 0,
-        "BLOCK_M": 64,
-        "GROUPS": 2,
-        "RANKS": triton.next_power_of_2(max(rank // 16, 1)),
-        "STAGES": 1,
+        "UNSIGNED": act_unsigned,
+        "T": {"bf16": 0, "fp16": 1}[dtype],
+        "XORSIGN": dtype == "bf16" and arch != "sm_80",
+        "RT": ranks,
+        "NORM": int(norm),
+        "WM": cut.warps_m,
+        "WK": cut.warps_k,
+        "SLAB": cut.staged // cut.warps_k,
+        "PIECES": triton.next_power_of_2(cut.pieces) if ranks else 1,
     }
-    aligned = {*pointers, "K", "R", "stride_xm"}
-    return compile_for(_quantize_kernel, pointers | sizes, constants, arch, 4, aligned, mma="HMMA")
+    aligned = {*pointers, "K", "R", "stride_x"}
+    warps = cut.warps_m * cut.warps_k
+    return compile_for(quantize_kernel, pointers | sizes, constants, arch, warps, aligned, mma="HMNMX2")
 
 
 def gemv_figures(arch: str, dtype: str = "bf16", rows: int = 1) -> Figures:

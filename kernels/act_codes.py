@@ -153,44 +153,97 @@ def quantize_group(x, y, UNSIGNED: gl.constexpr, P: gl.constexpr):
     return _transpose_bytes(word0, select1, select2), _transpose_bytes(word1, select1, select2), scale
 
 
-@gluon.jit
-def _places(tile_m, group, groups, P: gl.constexpr, Q: gl.constexpr):
-    """(m16 tile, lane, number of the block of codes), each in Q, for m16 tiles from tile_m and groups from group."""
-    m16: gl.constexpr = P.size_per_thread[0] * P.warps_per_cta[0]
-    count: gl.constexpr = P.size_per_thread[1] // 8 * P.warps_per_cta[1]
-    tile = tile_m + gl.arange(0, m16, gl.SliceLayout(1, gl.SliceLayout(2, Q)))[:, None, None]
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, Q)))[None, None, :]
-    column = group + gl.arange(0, count, gl.SliceLayout(0, gl.SliceLayout(2, Q)))[None, :, None]
-    return tile, lane, tile // 4 * groups + column
+@gluon.constexpr_function
+def _largest_asm(T, XORSIGN):
+    """PTX: the largest magnitudes of eight pairs, and for the other row; then over both halves and a row's four lanes.
 
-
-@gluon.jit
-def store_half(codes_ptr, ascales_ptr, word0, word1, scale, half, tile_m, group, groups, row_blocks, P: gl.constexpr):
-    """Write what :func:`quantize_group` returned for rows r + 8 * half, in the order of act_layout.py.
-
-    codes_ptr: int32 [B, G, 512] · ascales_ptr: T [B, G, 64] · tile_m: first m16 tile · group: first group · groups: G ·
-    row_blocks: B; tiles beyond it are not written.
+    max.xorsign.abs has the sign of a product and needs sm_86; abs.f16x2 costs nothing, abs.bf16x2 would.
     """
-    tile, lane, block = _places(tile_m, group, groups, P, group_layout(P))
-    inside = tile < row_blocks * 4
-    word_ptr = codes_ptr + block.to(gl.int64) * 512 + (tile % 4 * 128 + lane * 4 + half)
-    gl.store(word_ptr, word0, mask=inside)
-    gl.store(word_ptr + 2, word1, mask=inside)
-    scale_ptr = ascales_ptr + block.to(gl.int64) * 64 + (lane // 4 * 8 + tile % 4 * 2 + half)
-    gl.store(scale_ptr, scale.to(ascales_ptr.dtype.element_ty), mask=inside & (lane % 4 == 0))
+    kind = "f16x2" if T else "bf16x2"
+    maximum = f"max.xorsign.abs.{kind}" if XORSIGN else f"max.{kind}"
+    clear = "mov.b32 {}, {};" if XORSIGN else "abs.f16x2 {}, {};" if T else "and.b32 {}, {}, 0x7FFF7FFF;"
+    lines = [clear.format(f"w{i}", f"${i + 2}") for i in range(16)]
+    for step in (1, 2, 4):
+        lines += [f"{maximum} w{i}, w{i}, w{i + step};" for i in range(0, 16, 2 * step)]
+    lines += ["prmt.b32 a, w0, w8, 0x5410;", "prmt.b32 b, w0, w8, 0x7632;", f"{maximum} a, a, b;"]
+    for lane in (1, 2):
+        lines += [f"shfl.sync.bfly.b32 b, a, {lane}, 31, -1;", f"{maximum} a, a, b;"]
+    if T:
+        lines += ["mov.b32 {l, h}, a;", "cvt.f32.f16 x, l;", "cvt.f32.f16 y, h;"]
+    else:
+        lines += ["shl.b32 b, a, 16;", "and.b32 a, a, 0xFFFF0000;", "mov.b32 x, b;", "mov.b32 y, a;"]
+    lines += ["abs.f32 $0, x;", "abs.f32 $1, y;"]
+    return "{\n.reg .b32 w<16>, a, b;\n.reg .b16 l, h;\n.reg .f32 x, y;\n" + "\n".join(lines) + "\n}"
+
+
+@gluon.jit
+def quantize_words(v, UNSIGNED: gl.constexpr, T: gl.constexpr, XORSIGN: gl.constexpr):
+    """As :func:`quantize_group`, of both rows of a lane that holds columns 8c to 8c + 7 of both halves of a group.
+
+    v: four times four words of two values, smoothed and rounded to T, in group_layout: of row r and columns 8c.., row r
+    and 32 + 8c.., and the same of row r + 8 · XORSIGN: whether the GPU is sm_86 or later. Returns (word0, word1, scale)
+    of rows r, and of rows r + 8.
+    """
+    v0, v1, v2, v3 = v
+    largest0, largest1 = gl.inline_asm_elementwise(
+        _largest_asm(T, XORSIGN),
+        "=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [
+            v0[0],
+            v0[1],
+            v0[2],
+            v0[3],
+            v1[0],
+            v1[1],
+            v1[2],
+            v1[3],
+            v2[0],
+            v2[1],
+            v2[2],
+            v2[3],
+            v3[0],
+            v3[1],
+            v3[2],
+            v3[3],
+        ],
+        dtype=(gl.float32, gl.float32),
+        is_pure=False,
+        pack=1,
+    )
+    scale0, inverse0 = group_scale(largest0, UNSIGNED)
+    scale1, inverse1 = group_scale(largest1, UNSIGNED)
+    low = (_word_of_pairs(v0, inverse0, UNSIGNED, T), _word_of_pairs(v1, inverse0, UNSIGNED, T), scale0)
+    high = (_word_of_pairs(v2, inverse1, UNSIGNED, T), _word_of_pairs(v3, inverse1, UNSIGNED, T), scale1)
+    return low, high
+
+
+@gluon.jit
+def _word_of_pairs(v, inverse, UNSIGNED: gl.constexpr, T: gl.constexpr):
+    x0, x1 = unpack_pair(v[0], T)
+    x2, x3 = unpack_pair(v[1], T)
+    x4, x5 = unpack_pair(v[2], T)
+    x6, x7 = unpack_pair(v[3], T)
+    return code_word(x0, x1, x2, x3, x4, x5, x6, x7, inverse, UNSIGNED)
 
 
 @gluon.jit
 def store_rows(codes_ptr, ascales_ptr, low, high, tile_m, group, groups, row_blocks, T: gl.constexpr,
                P: gl.constexpr):  # fmt: skip
-    """As :func:`store_half` for both halves, in 16-byte stores: low, high are what quantize_group returned for rows r
-    and r + 8. ascales_ptr: int32, pairs of scales."""
+    """Write what :func:`quantize_group` returned for rows r (low) and r + 8 (high), in the order of act_layout.py.
+
+    codes_ptr: int32 [B, G, 512] · ascales_ptr: int32, pairs of scales of T [B, G, 64] · tile_m: first m16 tile ·
+    group: first group · groups: G · row_blocks: B; tiles beyond it are not written.
+    """
     V: gl.constexpr = _words_layout(P)
     Q: gl.constexpr = gl.SliceLayout(3, V)
-    tile, lane, block = _places(tile_m, group, groups, P, Q)
+    m16: gl.constexpr = low[0].shape[0]
+    count: gl.constexpr = low[0].shape[1]
+    tile = tile_m + gl.arange(0, m16, gl.SliceLayout(1, gl.SliceLayout(2, Q)))[:, None, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, Q)))[None, None, :]
+    block = tile // 4 * groups + group + gl.arange(0, count, gl.SliceLayout(0, gl.SliceLayout(2, Q)))[None, :, None]
     inside = tile < row_blocks * 4
     words = gl.join(gl.join(low[0], low[1]), gl.join(high[0], high[1]))  # axes: .., k/32, m/8%2
-    words = gl.convert_layout(gl.reshape(words, [low[0].shape[0], low[0].shape[1], 32, 4]), V, assert_trivial=True)
+    words = gl.convert_layout(gl.reshape(words, [m16, count, 32, 4]), V, assert_trivial=True)
     word_ptr = codes_ptr + block.to(gl.int64) * 512 + (tile % 4 * 128 + lane * 4)
     word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, V))))[None, None, None, :]
     gl.store(gl.expand_dims(word_ptr, 3) + word, words, mask=gl.expand_dims(inside, 3))

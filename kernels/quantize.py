@@ -2,12 +2,16 @@
 
     codes, ascales = quantize(x / smooth_factor),  lora_act = x @ proj_down^T        (contract: int4.py)
 
-Memory-bound: x is read once, everything else is an eighth of it. Factors are read in the order of the checkpoint file
-(layout.py); codes and scales are written in that of the INT4 GEMM (act_layout.py). Sums have a fixed order: K may be
-cut into pieces whose partial products a second, small kernel adds up; there are no atomics.
+Memory-bound: x is read once, everything else is an eighth of it. What is done to stay so: few instructions per element
+(``quantize_block.py``; counted by benchmarks/sass.py), two groups under way in each warp while one is computed, and
+blocks of rows by pieces of K that make one wave of thread blocks. The block that is last to finish a row block adds up
+the low-rank sums of its pieces, in a fixed order: same bits on every run.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,165 +19,292 @@ import triton.language as tl
 from torch import Tensor
 
 from . import act_layout
-from .int4 import GROUP, RANK_MULTIPLE, SHIFT, SIGNED_MAX, UNSIGNED_MAX, PackedW4A4
+from .act_codes import quantize_words, store_rows
+from .device import describe
+from .epilogue import require
+from .gemm_int4 import TYPES
+from .gluon_compat import barrier, gl, gluon
+from .int4 import GROUP, RANK_MULTIPLE, PackedW4A4
+from .quantize_block import (
+    index_along,
+    load_group,
+    project_and_smooth,
+    stage_down,
+    stage_factors,
+    sum_layout,
+    tile_layout,
+    word_layout,
+)
 
 MAX_RANK = 256
-_ROUND = tl.constexpr(12582912.0)  # 3 * 2^22: adding it rounds a small float32 to an integer, ties to even
-_LARGEST = tl.constexpr(3.4028234663852886e38)
+MAX_ROW_BLOCKS = 4096  # of those whose pieces are added up
+NORM_EPS = 1e-6
 
 
-@triton.jit
-def _load_down(proj_down_ptr, k0, R, GROUPS: tl.constexpr, RANKS: tl.constexpr):
-    """Channels from k0 of the low-rank down projection as [GROUPS * 64, RANKS * 16] in natural order, 0 beyond R."""
-    tile_k = tl.arange(0, GROUPS * 4)
-    tile_r = tl.arange(0, RANKS)
-    inside = tl.arange(0, 256)
-    tile = (k0 // 16 + tile_k)[:, None] * (R // 16) + tile_r[None, :]
-    mask = (tile_r < R // 16)[None, :, None]
-    flat = tl.load(proj_down_ptr + tile[:, :, None] * 256 + inside[None, None, :], mask=mask, other=0.0)
-    # axes: k/16, r/16, r%8, k%8/2, r/8%2, k/8%2, k%2
-    tiles = tl.reshape(flat, [GROUPS * 4, RANKS, 8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(tiles, [0, 5, 3, 6, 1, 4, 2]), [GROUPS * 64, RANKS * 16])
+@dataclass(frozen=True)
+class Modulation:
+    """x becomes T(LayerNorm(x) * (1 + scale) + shift) first: no affine part, eps 1e-6, in float32, rounded once.
 
-
-@triton.jit
-def _quantize_kernel(
-    x_ptr, smooth_ptr, proj_down_ptr, codes_ptr, ascales_ptr, lora_act_ptr,
-    M, K, R, stride_xm, groups_per_piece,
-    TOP: tl.constexpr, SHIFT_BY: tl.constexpr, LOW_RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M rows, one piece of K, GROUPS groups at a time; groups_per_piece and K / 64 are multiples of GROUPS.
-
-    RANKS: r16 tiles, a power of two · TOP: 7 or 15 · SHIFT_BY: 0 or the GELU shift.
+    scale, shift: T [B, K], for batches of M / B rows.
     """
-    pid_m = tl.program_id(0)
-    piece = tl.program_id(1)
-    all_groups = K // 64
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    x_row_ptr = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    offs_g = tl.arange(0, GROUPS)
-    offs_k = tl.arange(0, GROUPS * 64)
-    # position of channel k in a packed vector
-    packed_k = offs_k // 16 * 16 + offs_k % 8 // 2 * 4 + offs_k // 8 % 2 * 2 + offs_k % 2
-    scale_row = offs_m // 64 * (all_groups * 64) + offs_m % 8 * 8 + offs_m // 16 % 4 * 2 + offs_m // 8 % 2
-    tile_m = pid_m * (BLOCK_M // 16) + tl.arange(0, BLOCK_M // 16)
-    code_row = tile_m // 4 * (all_groups * 512) + tile_m % 4 * 128
-    code_offset = code_row[:, None, None] + (offs_g * 512)[None, :, None] + tl.arange(0, 128)[None, None, :]
-    mask_tile = (tile_m * 16 < (M + 63) // 64 * 64)[:, None, None]
-    shifts = 4 * tl.arange(0, 8)
 
-    acc = tl.zeros([BLOCK_M, RANKS * 16], dtype=tl.float32)
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut: a block has warps_m m16 tiles of rows by warps_k groups of 64 columns side by side and takes
+    one of ``pieces`` pieces of K · staged: groups whose factors are in shared memory at a time, an even multiple of
+    warps_k. All but pieces are powers of two; warps_k divides K / 64."""
+
+    warps_m: int
+    warps_k: int
+    pieces: int
+    staged: int = 8
+
+
+@gluon.jit
+def _finish(sums, lora_act_ptr, pieces_ptr, arrived_ptr, M, R, tile_m, piece, C: gl.constexpr,
+            PIECES: gl.constexpr):  # fmt: skip
+    """Write the block's low-rank sums, or those of all pieces if it is the last of them."""
+    WM: gl.constexpr = C.warps_per_cta[0]
+    RT: gl.constexpr = C.size_per_thread[2]
+    L: gl.constexpr = gl.SliceLayout(
+        1, gl.BlockedLayout([1, 1, RT, 1, 8], [1, 1, 1, 32, 1], [WM, C.warps_per_cta[1], 1, 1, 1], [4, 3, 2, 0, 1])
+    )
+    low, high = sums
+    even = gl.join(gl.join(_add(low[0]), _add(high[0])), gl.join(_add(low[2]), _add(high[2])))
+    odd = gl.join(gl.join(_add(low[1]), _add(high[1])), gl.join(_add(low[3]), _add(high[3])))
+    total = gl.convert_layout(gl.reshape(gl.join(even, odd), [WM, RT, 32, 8]), L, assert_trivial=True)
+    # eight sums of a lane: row half, rank half, odd row
+    tile, r16 = tile_m + index_along(L, 4, 0, WM), index_along(L, 4, 1, RT)
+    lane, i = index_along(L, 4, 2, 32), index_along(L, 4, 3, 8)
+    row = tile * 16 + lane % 4 * 2 + (i // 4 * 8 + i % 2)
+    out_ptr = lora_act_ptr + row.to(gl.int64) * R + (r16 * 16 + lane // 4 + i // 2 % 2 * 8)
+    inside = (row < M) & (r16 * 16 < R)
+    if PIECES == 1:
+        gl.store(out_ptr, total, mask=inside)
+    else:
+        arrived_ptr += tile_m // WM
+        pieces_ptr += ((tile.to(gl.int64) * RT + r16) * 32 + lane) * 8 + i
+        size = gl.num_programs(0).to(gl.int64) * (WM * RT * 256)
+        gl.store(pieces_ptr + piece * size, total)
+        barrier()
+        count = gl.num_programs(1)
+        if gl.atomic_add(arrived_ptr, 1, sem="acq_rel") == count - 1:
+            total = gl.load(pieces_ptr, cache_modifier=".cg")
+            for other in gl.static_range(1, PIECES):
+                total += gl.load(pieces_ptr + other * size, mask=other < count, other=0.0, cache_modifier=".cg")
+            gl.store(out_ptr, total, mask=inside)
+            gl.store(arrived_ptr, 0)
+
+
+@gluon.jit
+def _add(x):
+    """Sum over the warps that share rows."""
+    return gl.sum(x, axis=1)
+
+
+@gluon.jit(do_not_specialize=["M", "row_blocks", "groups_per_piece", "rows_per_batch"])
+def quantize_kernel(
+    x_ptr, smooth_ptr, proj_down_ptr, codes_ptr, ascales_ptr, lora_act_ptr, pieces_ptr, arrived_ptr,
+    statistics_ptr, scale_ptr, shift_ptr,
+    M, K, R, stride_x, row_blocks, groups_per_piece, rows_per_batch,
+    UNSIGNED: gl.constexpr, T: gl.constexpr, XORSIGN: gl.constexpr, RT: gl.constexpr, NORM: gl.constexpr,
+    WM: gl.constexpr, WK: gl.constexpr, SLAB: gl.constexpr, PIECES: gl.constexpr,
+):  # fmt: skip
+    """WM m16 tiles of rows, one piece of K; WK groups at a time, of SLAB times as many staged.
+
+    Pairs of 16-bit floats are int32 words, which stride_x counts · pieces_ptr: float32 [pieces, m16 tiles, RT, 32, 8] ·
+    statistics_ptr: float32 [M, 2] · RT: r16 tiles, a power of two, or 0 · NORM: 0, 1, or 2 if 16 rows may be of two
+    batches · PIECES: at most so many, a power of two.
+    """
+    P: gl.constexpr = tile_layout(WM, WK)
+    V: gl.constexpr = word_layout(WM, WK)
+    C: gl.constexpr = sum_layout(WM, WK, RT)
+    tile_m = gl.program_id(0) * WM
+    piece = gl.program_id(1)
     first = piece * groups_per_piece
-    last = tl.minimum(first + groups_per_piece, all_groups)
-    for g in tl.range(first, last, GROUPS, num_stages=STAGES):
-        x = tl.load(x_row_ptr + (g * 64 + offs_k)[None, :], mask=mask_m[:, None], other=0.0)  # [BLOCK_M, GROUPS * 64]
-        if LOW_RANK:
-            acc = tl.dot(x, _load_down(proj_down_ptr, g * 64, R, GROUPS, RANKS), acc)
-        # A reciprocal for each channel instead of a division for every element: at most one float32 step apart, of
-        # which the rounding to 16 bits leaves a trace in 1 of 10,000 elements.
-        inverse = 1.0 / tl.load(smooth_ptr + g * 64 + packed_k).to(tl.float32)
-        shifted = x.to(tl.float32)
-        if SHIFT_BY != 0.0:
-            shifted = (shifted + SHIFT_BY).to(x.dtype).to(tl.float32)
-        v = (shifted * inverse[None, :]).to(x.dtype).to(tl.float32)
-        v = tl.reshape(v, [BLOCK_M, GROUPS, 64])
-        scale = tl.max(tl.abs(v), axis=2) * (1.0 / TOP)  # [BLOCK_M, GROUPS]
-        # Finite, so that a group of zeros gives zeros. Codes need no clamping: |v| / scale is TOP at most.
-        inverse_scale = tl.minimum(1.0 / scale, _LARGEST)
-        scaled = v * inverse_scale[:, :, None]
-        code = (scaled + _ROUND).to(tl.int32, bitcast=True)  # the code in the last bits, two's complement
-        nibbles = tl.reshape(code & 15, [BLOCK_M, GROUPS * 8, 8]) << shifts[None, None, :]
-        word = tl.sum(nibbles, axis=2)  # nibbles do not overlap
-        # axes: m/16, m/8%2, m%8, group, k/32, k/8%4 -> kernel order: m/16, group, m%8, k/8%4, k/32, m/8%2
-        word = tl.permute(tl.reshape(word, [BLOCK_M // 16, 2, 8, GROUPS, 2, 4]), [0, 3, 2, 5, 4, 1])
-        tl.store(codes_ptr + g * 512 + code_offset, tl.reshape(word, [BLOCK_M // 16, GROUPS, 128]), mask=mask_tile)
-        tl.store(
-            ascales_ptr + scale_row[:, None] + (g + offs_g)[None, :] * 64,
-            scale.to(ascales_ptr.dtype.element_ty),
-            mask=mask_m[:, None],
+    last = gl.minimum(first + groups_per_piece, K // 64)
+    steps = (last - first) // WK
+
+    lane = index_along(V, 4, 2, 32)
+    column = (first + index_along(V, 4, 1, WK)) * 32 + lane % 4 * 4 + index_along(V, 4, 3, 4)
+    row = (tile_m + index_along(V, 4, 0, WM)) * 16 + lane // 4
+    row0, row8 = gl.minimum(row, M - 1), gl.minimum(row + 8, M - 1)  # rows beyond M repeat the last one
+    offsets = (row0.to(gl.int64) * stride_x + column, row8.to(gl.int64) * stride_x + column)
+    a = load_group(x_ptr, offsets, 0, WK)
+    b = load_group(x_ptr, offsets, gl.minimum(1, steps - 1), WK)
+    norm = (row0, row8)
+    if NORM > 0:
+        of_low = gl.load(statistics_ptr + row0 * 2), gl.load(statistics_ptr + row0 * 2 + 1)
+        of_high = gl.load(statistics_ptr + row8 * 2), gl.load(statistics_ptr + row8 * 2 + 1)
+        of_batch = (row0 // rows_per_batch * (K // 2) + column, row8 // rows_per_batch * (K // 2) + column)
+        norm = (scale_ptr, shift_ptr, of_batch, of_low, of_high)
+
+    s_factors = gl.allocate_shared_memory(gl.int32, [SLAB * 4, WK, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    shared = (s_factors, s_factors)
+    if RT > 0:
+        s_down = gl.allocate_shared_memory(
+            gl.int32, [SLAB * 4, WK, RT, 32, 4], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
         )
-    if LOW_RANK:
-        offs_r = tl.arange(0, RANKS * 16)
-        out = (piece * M + offs_m).to(tl.int64)[:, None] * R + offs_r[None, :]
-        tl.store(lora_act_ptr + out, acc, mask=mask_m[:, None] & (offs_r < R)[None, :])
+        shared = (s_factors, s_down)
+    zero = gl.zeros([WM, WK, max(RT, 1), 32], gl.float32, C)
+    sums = ((zero, zero, zero, zero), (zero, zero, zero, zero))
+    for start in range(0, steps, SLAB):
+        group = first + start * WK
+        barrier()
+        stage_factors(smooth_ptr, s_factors, group, last, T, SLAB, WM, WK)
+        if RT > 0:
+            stage_down(proj_down_ptr, s_down, group, last, R, SLAB, WM, WK, RT)
+        barrier()
+        stop = gl.minimum(start + SLAB, steps)
+        # Two groups are under way while one is computed, in two sets of registers.
+        for step in range(start, stop, 2):
+            v, sums = project_and_smooth(a, step, step - start, norm, shared, sums, UNSIGNED, T, NORM, WM, WK, RT)
+            a = load_group(x_ptr, offsets, gl.minimum(step + 2, steps - 1), WK)
+            group = first + step * WK
+            codes = quantize_words(v, UNSIGNED, T, XORSIGN)
+            store_rows(codes_ptr, ascales_ptr, codes[0], codes[1], tile_m, group, K // 64, row_blocks, T, P)
+            if step + 1 < stop:
+                slot = step + 1 - start
+                v, sums = project_and_smooth(b, step + 1, slot, norm, shared, sums, UNSIGNED, T, NORM, WM, WK, RT)
+                b = load_group(x_ptr, offsets, gl.minimum(step + 3, steps - 1), WK)
+                codes = quantize_words(v, UNSIGNED, T, XORSIGN)
+                store_rows(codes_ptr, ascales_ptr, codes[0], codes[1], tile_m, group + WK, K // 64, row_blocks, T, P)
+    if RT > 0:
+        _finish(sums, lora_act_ptr, pieces_ptr, arrived_ptr, M, R, tile_m, piece, C, PIECES)
 
 
 @triton.jit
-def _sum_pieces_kernel(pieces_ptr, sum_ptr, count, SIZE, BLOCK: tl.constexpr):
-    """sum[i] = pieces[0, i] + pieces[1, i] + ..., in that order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < SIZE
-    total = tl.load(pieces_ptr + offs, mask=mask)
-    for _ in range(1, count):
-        pieces_ptr += SIZE
-        total += tl.load(pieces_ptr + offs, mask=mask)
-    tl.store(sum_ptr + offs, total, mask=mask)
+def statistics_kernel(x_ptr, statistics_ptr, K, stride_x, EPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """1 / deviation and mean / deviation of a row, float32."""
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    x = tl.load(x_ptr + row.to(tl.int64) * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
+    mean = tl.sum(x) / K
+    away = tl.where(k < K, x - mean, 0.0)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(away * away) / K + EPS)
+    tl.store(statistics_ptr + row * 2, inverse)
+    tl.store(statistics_ptr + row * 2 + 1, mean * inverse)
 
 
 def quantize_act(
-    x: Tensor, weight: PackedW4A4, block_m: int = 64, pieces: int | None = None, warps: int = 4, stages: int = 1,
-    step: int = 2,
+    x: Tensor, weight: PackedW4A4, norm: Modulation | None = None, cut: Cut | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.reference.quantize_act`, for the input of the layer ``weight``.
 
     x: T [M, K], bf16 or fp16, rows contiguous · weight: gives smooth_factor, proj_down (file order) and act_unsigned ·
-    block_m, pieces, warps, stages, step (groups at a time): for benchmarks. Returns codes int32 [B, G, 512] and ascales
+    norm: what is done to x before · cut: for tests and benchmarks. Returns codes int32 [B, G, 512] and ascales
     T [B, G, 64] in the order of act_layout.py, and lora_act float32 [M, R]. K is a multiple of 128, R of 16 up to 256.
-    Same bits on every run.
+    Same bits on every run. Raises ValueError where operands do not fit each other.
     """
     m, k = x.shape
-    rank = weight.rank
+    rank, dtype = weight.rank, x.dtype
     if k != weight.k or x.stride(1) != 1:
         raise ValueError(f"x is {list(x.shape)}, strides {x.stride()}; expected [M, {weight.k}] with contiguous rows")
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.smooth_factor.dtype != x.dtype:
-        raise ValueError(f"x is {x.dtype} and smooth_factor {weight.smooth_factor.dtype}, expected bf16 or fp16 twice")
+    if dtype not in (torch.bfloat16, torch.float16) or weight.smooth_factor.dtype != dtype:
+        raise ValueError(f"x is {dtype} and smooth_factor {weight.smooth_factor.dtype}, expected bf16 or fp16 twice")
     if rank % RANK_MULTIPLE or rank > MAX_RANK:
         raise ValueError(f"rank is {rank}, expected a multiple of {RANK_MULTIPLE} up to {MAX_RANK}")
-    groups = k // GROUP
-    blocks = act_layout.blocks_of(m)
+    if norm is not None:
+        batches = norm.scale.shape[0]
+        if batches == 0 or m % batches:
+            raise ValueError(f"norm has {batches} batches, expected a divisor of {m}")
+        require("scale", norm.scale, (batches, k), dtype)
+        require("shift", norm.shift, (batches, k), dtype)
+    groups, blocks = k // GROUP, act_layout.blocks_of(m)
     codes = torch.empty(blocks, groups, act_layout.WORDS, dtype=torch.int32, device=x.device)
-    ascales = torch.empty(blocks, groups, act_layout.BLOCK_M, dtype=x.dtype, device=x.device)
+    ascales = torch.empty(blocks, groups, act_layout.BLOCK_M, dtype=dtype, device=x.device)
     lora_act = torch.empty(m, rank, dtype=torch.float32, device=x.device)
     if m == 0:
         return codes, ascales, lora_act
-    row_blocks = triton.cdiv(m, block_m)
-    step = step if groups % step == 0 else 2
-    per_piece = step * triton.cdiv(groups, step * (pieces or choose_pieces(row_blocks, groups)))
+    if x.storage_offset() % 2 or x.stride(0) % 2:
+        x = x.clone(memory_format=torch.contiguous_format)  # pairs are read as words
+    ranks = triton.next_power_of_2(rank // 16) if rank else 0
+    cut = cut or choose_cut(blocks * 4, groups, ranks, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    warps, row_blocks = cut.warps_m * cut.warps_k, triton.cdiv(blocks * 4, cut.warps_m)
+    per_piece = cut.warps_k * triton.cdiv(groups, cut.warps_k * cut.pieces)
     pieces = triton.cdiv(groups, per_piece)
-    partial = lora_act if pieces == 1 or rank == 0 else lora_act.new_empty(pieces, m, rank)
+    ascales_words, mixed = ascales.view(torch.int32), 0
+    parts = arrived = statistics = scale = shift = ascales_words
     # Triton launches on the current device, whatever the tensors are on.
     with torch.cuda.device_of(x):
-        _quantize_kernel[(row_blocks, pieces)](
-            x_ptr=x,
-            smooth_ptr=weight.smooth_factor,
-            proj_down_ptr=weight.proj_down if rank else x,
-            codes_ptr=codes,
-            ascales_ptr=ascales,
-            lora_act_ptr=partial if rank else x,
-            M=m,
-            K=k,
-            R=rank,
-            stride_xm=x.stride(0),
-            groups_per_piece=per_piece,
-            TOP=UNSIGNED_MAX if weight.act_unsigned else SIGNED_MAX,
-            SHIFT_BY=SHIFT if weight.act_unsigned else 0.0,
-            LOW_RANK=rank > 0,
-            BLOCK_M=block_m,
-            GROUPS=step,
-            RANKS=triton.next_power_of_2(max(rank // 16, 1)),
-            STAGES=stages,
+        if norm is not None:
+            scale, shift = norm.scale.view(torch.int32), norm.shift.view(torch.int32)
+            statistics = torch.empty(m, 2, dtype=torch.float32, device=x.device)
+            statistics_kernel[(m,)](x, statistics, k, x.stride(0), EPS=NORM_EPS, BLOCK_K=triton.next_power_of_2(k))
+            mixed = 1 if len(norm.scale) == 1 or m // len(norm.scale) % 16 == 0 else 2
+        if rank and pieces > 1:
+            parts = lora_act.new_empty(pieces, row_blocks * cut.warps_m, ranks, 256)
+            arrived = _arrivals(x.device)
+        quantize_kernel[(row_blocks, pieces)](
+            x.view(torch.int32),
+            weight.smooth_factor.view(torch.int32),
+            weight.proj_down.view(torch.int32) if rank else codes,
+            codes,
+            ascales_words,
+            lora_act,
+            parts,
+            arrived,
+            statistics,
+            scale,
+            shift,
+            m,
+            k,
+            rank,
+            x.stride(0) // 2,
+            blocks,
+            per_piece,
+            m // len(norm.scale) if norm is not None else m,
+            UNSIGNED=weight.act_unsigned,
+            T=TYPES[dtype],
+            XORSIGN=dtype == torch.bfloat16 and describe(x.device).architecture != "sm_80",
+            RT=ranks,
+            NORM=mixed,
+            WM=cut.warps_m,
+            WK=cut.warps_k,
+            SLAB=cut.staged // cut.warps_k,
+            PIECES=triton.next_power_of_2(pieces) if rank else 1,
             num_warps=warps,
+            maxnreg=128 if warps == 8 and ranks <= 2 else None,  # room for two blocks on a multiprocessor
         )
-        if partial is not lora_act:
-            block = 1024
-            _sum_pieces_kernel[(triton.cdiv(m * rank, block),)](
-                pieces_ptr=partial, sum_ptr=lora_act, count=pieces, SIZE=m * rank, BLOCK=block
-            )
     return codes, ascales, lora_act
 
 
-def choose_pieces(row_blocks: int, groups: int, wanted_blocks: int = 512, least_groups: int = 12) -> int:
-    """Pieces to cut K into: enough thread blocks to fill a large GPU, each with at least ``least_groups`` groups."""
-    return max(1, min(-(-wanted_blocks // row_blocks), groups // least_groups))
+def choose_cut(row_tiles: int, groups: int, ranks: int, multiprocessors: int) -> Cut:
+    """A cut for ``row_tiles`` m16 tiles, ``groups`` groups and ``ranks`` r16 tiles that fills a GPU once.
+
+    Blocks of 8 warps, two of them on a multiprocessor (one from rank 48 on, by registers), as high as rows allow.
+    """
+    wanted = multiprocessors * (2 if ranks <= 2 else 1)
+    staged = min(8, max(2, 16 // max(ranks, 1)))  # 34 KB of shared memory, 66 KB from rank 144 on
+    warps_m = 8
+    while warps_m > 1 and (row_tiles < warps_m or -(-row_tiles // warps_m) * (groups // 4) < wanted):
+        warps_m //= 2
+    warps_k = 8 // warps_m
+    while groups % warps_k or staged < 2 * warps_k:
+        warps_k //= 2
+    row_blocks = -(-row_tiles // warps_m)
+    pieces = 1 if row_blocks > MAX_ROW_BLOCKS else min(16, groups // warps_k, max(1, wanted // row_blocks))
+    return Cut(warps_m, warps_k, pieces, staged)
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters of finished pieces, int32 [MAX_ROW_BLOCKS], 0 before and after every call.
+
+    One set for each stream, and one for all CUDA graphs of a device: graphs that contain this kernel cannot run side by
+    side. A cache on a function that is not pure: zeroing counters in every call would be a kernel of its own.
+    """
+    of_graphs = _zeros(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return of_graphs
+    return _zeros(device, torch.cuda.current_stream(device).cuda_stream + 1)
+
+
+@functools.cache
+def _zeros(device: torch.device, key: int) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("quantize_act: call it once before it is captured in a CUDA graph")
+    return torch.zeros(MAX_ROW_BLOCKS, dtype=torch.int32, device=device)

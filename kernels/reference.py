@@ -240,3 +240,13 @@ def gemm_w8a8(
     if bias is not None:
         y = y + bias.double()
     return _round(y, out_dtype or dtype)
+
+
+def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without affine part, then (1 + scale) and shift, in float32, rounded once.
+
+    x: T [M, K] · scale, shift: T [B, K] for batches of M / B rows. Returns T [M, K].
+    """
+    batches, k = scale.shape
+    v = torch.nn.functional.layer_norm(x.float(), (k,), eps=eps).reshape(batches, -1, k)
+    return (v * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(x.dtype).reshape(x.shape)
