@@ -17,22 +17,14 @@ from torch import Tensor
 
 from .epilogue import After
 from .gemm_int4 import gemm_w4a4
-from .gemm_int8 import expand_w4_to_int8, gemm_w8a8
+from .gemm_int8 import gemm_w8a8
 from .gemm_quantize import gemm_gelu_quantize
 from .gemv import MAX_ROWS, gemv_w4a16
 from .int4 import PackedAWQ, PackedW4A4
 from .low_rank import natural_factors
-from .quantize import quantize_act
+from .quantize import Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """LayerNorm without affine parameters (eps 1e-6), then x * (1 + scale) + shift. scale, shift: T [B, K], B divides
-    M."""
-
-    scale: Tensor
-    shift: Tensor
+from .weights_int8 import expand_w4_to_int8
 
 
 class Layers(ABC):
@@ -62,7 +54,7 @@ class Layers(ABC):
         after: After | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """after(first @ first_part + second @ second_part + bias), rounded once."""
+        """after(first @ first_part + second @ second_part + bias); with gate and residual it may be rounded twice."""
 
     @abstractmethod
     def gelu_input(self, x: Any, part: PackedW4A4, bias: Tensor | None, following: PackedW4A4) -> Any:
@@ -97,9 +89,7 @@ class Int4Layers(Layers):
     """INT4 activations, the arithmetic of int4.py."""
 
     def quantize(self, x, part, modulation=None):
-        if modulation is not None:
-            x = layer_norm_modulate(x, modulation)
-        return quantize_act(x, part)
+        return quantize_act(x, part, modulation)
 
     def multiply(self, x, part, bias, after=None, out=None):
         return gemm_w4a4(*x, part, bias, after=after, out=out)
@@ -134,6 +124,10 @@ class Int8Layers(Layers):
         return gemm_w8a8(x.codes, x.scales, x.lora_act, weight, x.proj_up, bias, after=after, out=out)
 
     def multiply_sum(self, first, first_part, second, second_part, bias, after=None, out=None):
+        if after is not None and after.gate is not None:
+            # Two products with twice the tile are faster than one with two accumulators, for one more rounding.
+            y = self.multiply(first, first_part, bias, after, out)
+            return self.multiply(second, second_part, None, After(gate=after.gate, residual=y), y)
         lora_act = torch.cat((first.lora_act, second.lora_act), dim=1)
         proj_up = torch.cat((first.proj_up, second.proj_up), dim=1)
         weight, weight2 = expand_w4_to_int8(first_part), expand_w4_to_int8(second_part)
@@ -144,14 +138,6 @@ class Int8Layers(Layers):
 
     def gelu_input(self, x, part, bias, following):
         return self.quantize(self.multiply(x, part, bias, After(gelu=True)), following)
-
-
-def layer_norm_modulate(x: Tensor, modulation: Modulation) -> Tensor:
-    """x T [M, K] normalized and modulated in float32, rounded once."""
-    rows = x.shape[0] // modulation.scale.shape[0]
-    normal = torch.nn.functional.layer_norm(x.float(), (x.shape[1],), eps=1e-6)
-    scale, shift = (t.float().repeat_interleave(rows, dim=0) for t in (modulation.scale, modulation.shift))
-    return (normal * (1 + scale) + shift).to(x.dtype)
 
 
 INT4, INT8 = Int4Layers(), Int8Layers()

@@ -191,8 +191,10 @@ def quantize_int8_kernel(
         shift_ptr += start
         sums = gl.zeros([16, WORDS], gl.float32, TILE)
         squares = sums
+        following = _load_words(x_ptr, row, 0, K, stride_xm)
         for k in range(0, K, 2 * WORDS):
-            x, y = unpack_pair(_load_words(x_ptr, row, k, K, stride_xm), T)
+            x, y = unpack_pair(following, T)
+            following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)
             sums += x + y
             squares += x * x + y * y
         mean = gl.sum(sums, axis=1) / K
@@ -201,12 +203,17 @@ def quantize_int8_kernel(
     largest = gl.zeros([16, WORDS], gl.float32, TILE)
     zero = gl.zeros([8, RANKS // 8, 32], gl.float32, ACC)
     c0, c1, c2, c3 = zero, zero, zero, zero
+    following = _load_words(x_ptr, row, 0, K, stride_xm)
     for k in range(0, K, 2 * WORDS):
-        words = _load_words(x_ptr, row, k, K, stride_xm)
+        words = following
+        if not NORM:  # which has no registers left
+            following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)  # under way while these are computed
         words = _modulated(words, mean, rstd, modulation_ptr, shift_ptr, k, K, NORM, T)
         c0, c1, c2, c3 = _project_down(words, proj_down_ptr, k, K, 0, R, c0, c1, c2, c3, T)
         x, y = _smoothed(words, smooth_ptr, k, K, SHIFT_BY, T)
         largest = gl.maximum(largest, gl.maximum(gl.abs(x), gl.abs(y)))
+        if NORM:
+            following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)
     _store_low_rank(lora_act_ptr, c0, c1, c2, c3, pid, 0, M, R, T)
     top: gl.constexpr = 127.0 if SHIFT_BY == 0.0 else 255.0
     scale = gl.max(largest, axis=1) * (1.0 / top)
@@ -216,8 +223,10 @@ def quantize_int8_kernel(
     word = gl.arange(0, WORDS // 2, gl.SliceLayout(0, CODES))[None, :]
     out_row = pid * 16 + gl.arange(0, 16, gl.SliceLayout(1, CODES))
     out = codes_ptr + out_row.to(gl.int64)[:, None] * (K // 4) + word
+    following = _load_words(x_ptr, row, 0, K, stride_xm)
     for k in range(0, K, 2 * WORDS):
-        words = _load_words(x_ptr, row, k, K, stride_xm)
+        words = following
+        following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)
         words = _modulated(words, mean, rstd, modulation_ptr, shift_ptr, k, K, NORM, T)
         x, y = _smoothed(words, smooth_ptr, k, K, SHIFT_BY, T)
         codes = _pack_codes(x * inverse[:, None] + _MAGIC, y * inverse[:, None] + _MAGIC, SHIFT_BY == 0.0)
@@ -293,5 +302,6 @@ def quantize_act_int8(
             SHIFT_BY=SHIFT if weight.act_unsigned else 0.0,
             T=0 if x.dtype == torch.bfloat16 else 1,
             num_warps=8,
+            maxnreg=128,  # two blocks per multiprocessor
         )
     return codes, scales, lora_act

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import comfy.ldm.flux.layers
@@ -24,8 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import Backend
 from ..kernels.int4 import PackedW4A4
-from .layout_svdq import packed_parts
-from .ops import QuantizedLinear
+from .graphs import BlockGraphs
 
 HEAD = 128
 _STOCK_ATTENTION = comfy.ldm.flux.math.attention  # other packs put their own in its place
@@ -55,11 +55,13 @@ class Rotary:
 
 
 class _Fused:
-    """What both kinds of blocks share. Set by :func:`fuse_blocks`: layers (kernels.layers.Layers), rotary."""
+    """What both kinds of blocks share. Set by :func:`fuse_blocks`: layers (kernels.layers.Layers), rotary, graphs."""
 
     layers: Any
     rotary: Rotary
+    graphs: BlockGraphs
     linears: tuple[str, ...]  # the quantized linears of a block, by name
+    norms: tuple[str, ...]
 
     def _fuses(self, x: Tensor, vec: Any, pe: Tensor | None, dims: Any, transformer_options: dict) -> bool:
         """Whether this call can be fused: nobody looks inside the block, and every layer is as stored."""
@@ -82,20 +84,39 @@ class _Fused:
             and all(self.get_submodule(name).plain(x.dtype) for name in self.linears)
         )
 
-    def _attend(self, qkv: Tensor, mask: Tensor | None, transformer_options: dict) -> Tensor:
-        """Attention on q, k, v T [B, L, 3, H, 128], normalized and rotated; returns T [B, L, H * 128]."""
-        q, k, v = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))
-        stock = comfy.ldm.flux.math.optimized_attention
-        override = "optimized_attention_override" in transformer_options
-        if stock is comfy.ldm.modules.attention.attention_pytorch and not override:
-            if mask is not None and mask.ndim == 2:
-                mask = mask[None, None]
-            elif mask is not None and mask.ndim == 3:
-                mask = mask[:, None]
-            with sdpa_kernel(_ATTENTION, set_priority=True):
-                out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            return out.transpose(1, 2).reshape(qkv.shape[0], qkv.shape[1], -1)
-        return stock(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=transformer_options)
+    def _run(self, modulations: tuple[Tensor, ...], streams: tuple[Tensor, ...], pe: Tensor, mask: Tensor | None,
+             transformer_options: dict) -> tuple[Tensor, ...]:  # fmt: skip
+        """The block on ``streams``, in place; all weights are on the device for as long as it runs."""
+        rotary = self.rotary.rows(pe)
+        with contextlib.ExitStack() as stack:
+            weights: dict[str, Any] = {}
+            for name in self.linears:
+                linear = self.get_submodule(name)
+                weight, bias = stack.enter_context(linear.on_device(streams[0]))
+                weights[name] = (linear.parts(weight, streams[0]), bias)
+            for name in self.norms:
+                weights[name] = stack.enter_context(weights_of(self.get_submodule(name), streams[0]))
+            stock = torch_attention(transformer_options)
+
+            if stock:
+                attend = partial(attend_exactly, mask=mask)
+            else:
+                attend = partial(attend_as_asked, mask=mask, options=transformer_options)
+
+            def compute(*tensors: Tensor) -> None:
+                inputs, rows = tensors[: len(streams)], tensors[len(streams)]
+                self._compute(weights, inputs, tensors[len(streams) + 1 :], rows, attend)
+
+            tensors = (*streams, rotary, *modulations)
+            if mask is not None or not stock:
+                compute(*tensors)
+                return streams
+            addresses = [weights[name].data_ptr() for name in self.norms]
+            for name in self.linears:
+                parts, bias = weights[name]
+                addresses += [pointer for p in parts for pointer in (p.qweight.data_ptr(), p.proj_down.data_ptr())]
+                addresses.append(0 if bias is None else bias.data_ptr())
+            return self.graphs.run(self, tuple(addresses), compute, tensors, len(streams))
 
     def _project_qkv(
         self,
@@ -103,20 +124,19 @@ class _Fused:
         part: PackedW4A4,
         bias: Tensor | None,
         modulation: Any,
-        norm: nn.Module,
+        norms: tuple[Tensor, Tensor],
         rotary: Tensor,
         out: Tensor,
     ) -> None:
         """q, k, v of x T [B, n, hidden] into out T [B, n, 3 * hidden], whose batch elements may be apart."""
-        with weights_of(norm.query_norm, x) as norm_q, weights_of(norm.key_norm, x) as norm_k:
-            for b in range(x.shape[0]):
-                after = self.layers.after(norm_q=norm_q, norm_k=norm_k, rotary=rotary[b % rotary.shape[0]])
-                one = self.layers.modulation(modulation.scale[b], modulation.shift[b])
-                self.layers.multiply(self.layers.quantize(x[b], part, one), part, bias, after, out=out[b])
+        for b in range(x.shape[0]):
+            after = self.layers.after(norm_q=norms[0], norm_k=norms[1], rotary=rotary[b % rotary.shape[0]])
+            one = self.layers.modulation(modulation.scale[b : b + 1], modulation.shift[b : b + 1])
+            self.layers.multiply(self.layers.quantize(x[b], part, one), part, bias, after, out=out[b])
 
     def _gate(self, gate: Tensor, residual: Tensor) -> Any:
-        """Epilogue residual + gate * y; gate T [B, 1, hidden], residual T [M, hidden]."""
-        return self.layers.after(gate=gate.reshape(gate.shape[0], -1).contiguous(), residual=residual)
+        """Epilogue residual + gate * y; gate T [B, hidden], residual T [M, hidden]."""
+        return self.layers.after(gate=gate.contiguous(), residual=residual)
 
 
 class FusedDoubleBlock(_Fused, DoubleStreamBlock):
@@ -125,6 +145,7 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
     linears = tuple(
         f"{stream}_{name}" for stream in ("img", "txt") for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
     )
+    norms = tuple(f"{stream}_attn.norm.{name}_norm" for stream in ("img", "txt") for name in ("query", "key"))
 
     def forward(
         self, img: Tensor, txt: Tensor, vec: Any, pe: Tensor, attn_mask: Tensor | None = None,
@@ -136,37 +157,44 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
             return super().forward(
                 img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options
             )
+        silu = nn.functional.silu(vec)
+        modulations = (self.img_mod.lin(silu), self.txt_mod.lin(silu))
+        return self._run(modulations, (img, txt), pe, attn_mask, transformer_options)
+
+    def _compute(self, weights: dict, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
+        img, txt = streams
         batch, n_txt, hidden = txt.shape
         length = n_txt + img.shape[1]
-        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self.img_mod(vec), self.txt_mod(vec)
-        rotary = self.rotary.rows(pe)
         qkv = img.new_empty(batch, length, 3 * hidden)
-        streams = ((txt, self.txt_attn, txt_mod1, 0, n_txt), (img, self.img_attn, img_mod1, n_txt, length))
-        for x, attn, mod, start, stop in streams:
-            with operands_of(attn.qkv, x) as ((part,), bias):
-                self._project_qkv(x, part, bias, mod, attn.norm, rotary[:, start:stop], qkv[:, start:stop])
-        attention = self._attend(qkv.view(batch, length, 3, -1, HEAD), attn_mask, transformer_options)
-        del qkv
-        streams = (
-            (img, self.img_attn.proj, self.img_mlp, img_mod1, img_mod2, attention[:, n_txt:]),
-            (txt, self.txt_attn.proj, self.txt_mlp, txt_mod1, txt_mod2, attention[:, :n_txt]),
+        parts = (
+            ("txt", txt, modulations[1].chunk(6, dim=1), 0, n_txt),
+            ("img", img, modulations[0].chunk(6, dim=1), n_txt, length),
         )
-        for x, proj, mlp, mod1, mod2, attended in streams:
+        for name, x, mod, start, stop in parts:
+            (part,), bias = weights[f"{name}_attn.qkv"]
+            norms = (weights[f"{name}_attn.norm.query_norm"], weights[f"{name}_attn.norm.key_norm"])
+            modulation = self.layers.modulation(shift=mod[0], scale=mod[1])
+            self._project_qkv(x, part, bias, modulation, norms, rotary[:, start:stop], qkv[:, start:stop])
+        attention = attend(qkv.view(batch, length, 3, -1, HEAD))
+        del qkv
+        for name, x, mod, start, stop in parts:
             rows = x.view(-1, hidden)
-            with operands_of(proj, x) as ((part,), bias):
-                y = self.layers.quantize(attended.reshape(-1, hidden), part)
-                self.layers.multiply(y, part, bias, self._gate(mod1.gate, rows), out=rows)
-            with operands_of(mlp[0], x) as ((fc1,), bias1), operands_of(mlp[2], x) as ((fc2,), bias2):
-                modulation = self.layers.modulation(mod2.scale[:, 0], mod2.shift[:, 0])
-                y = self.layers.gelu_input(self.layers.quantize(rows, fc1, modulation), fc1, bias1, fc2)
-                self.layers.multiply(y, fc2, bias2, self._gate(mod2.gate, rows), out=rows)
-        return img, txt
+            (part,), bias = weights[f"{name}_attn.proj"]
+            y = self.layers.quantize(attention[:, start:stop].reshape(-1, hidden), part)
+            self.layers.multiply(y, part, bias, self._gate(mod[2], rows), out=rows)
+            (fc1,), bias1 = weights[f"{name}_mlp.0"]
+            (fc2,), bias2 = weights[f"{name}_mlp.2"]
+            modulation = self.layers.modulation(shift=mod[3].contiguous(), scale=mod[4].contiguous())
+            y = self.layers.quantize(rows, fc1, modulation)
+            y = self.layers.gelu_input(y, fc1, bias1, fc2)
+            self.layers.multiply(y, fc2, bias2, self._gate(mod[5], rows), out=rows)
 
 
 class FusedSingleBlock(_Fused, SingleStreamBlock):
     """A single block: attention and MLP side by side on text and image together."""
 
     linears = ("linear1", "linear2")
+    norms = ("norm.query_norm", "norm.key_norm")
 
     def forward(
         self, x: Tensor, vec: Any, pe: Tensor, attn_mask: Tensor | None = None, modulation_dims: Any = None,
@@ -175,28 +203,55 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
         transformer_options = {} if transformer_options is None else transformer_options
         if not (x.is_contiguous() and self._fuses(x, vec, pe, modulation_dims, transformer_options)):
             return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
+        modulation = self.modulation.lin(nn.functional.silu(vec))
+        return self._run((modulation,), (x,), pe, attn_mask, transformer_options)[0]
+
+    def _compute(self, weights: dict, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
+        (x,) = streams
         batch, length, hidden = x.shape
-        mod, _ = self.modulation(vec)
+        shift, scale, gate = modulations[0].chunk(3, dim=1)
+        modulation = self.layers.modulation(shift=shift.contiguous(), scale=scale.contiguous())
         rows = x.view(-1, hidden)
-        modulation = self.layers.modulation(mod.scale[:, 0], mod.shift[:, 0])
-        with operands_of(self.linear2, x) as ((attn_out, fc2), bias2):
-            with operands_of(self.linear1, x) as ((qkv_part, fc1), bias1):
-                qkv_bias, fc1_bias = (None, None) if bias1 is None else (bias1[: qkv_part.n], bias1[qkv_part.n :])
-                qkv = x.new_empty(batch, length, 3 * hidden)
-                self._project_qkv(x, qkv_part, qkv_bias, mod, self.norm, self.rotary.rows(pe), qkv)
-                mlp = self.layers.gelu_input(self.layers.quantize(rows, fc1, modulation), fc1, fc1_bias, fc2)
-            attention = self._attend(qkv.view(batch, length, 3, -1, HEAD), attn_mask, transformer_options)
-            del qkv
-            head = self.layers.quantize(attention.reshape(-1, hidden), attn_out)
-            self.layers.multiply_sum(head, attn_out, mlp, fc2, bias2, self._gate(mod.gate, rows), out=rows)
-        return x
+        (qkv_part, fc1), bias1 = weights["linear1"]
+        (attn_out, fc2), bias2 = weights["linear2"]
+        qkv_bias, fc1_bias = (None, None) if bias1 is None else (bias1[: qkv_part.n], bias1[qkv_part.n :])
+        qkv = x.new_empty(batch, length, 3 * hidden)
+        norms = (weights["norm.query_norm"], weights["norm.key_norm"])
+        self._project_qkv(x, qkv_part, qkv_bias, modulation, norms, rotary, qkv)
+        mlp = self.layers.gelu_input(self.layers.quantize(rows, fc1, modulation), fc1, fc1_bias, fc2)
+        attention = attend(qkv.view(batch, length, 3, -1, HEAD))
+        del qkv
+        head = self.layers.quantize(attention.reshape(-1, hidden), attn_out)
+        self.layers.multiply_sum(head, attn_out, mlp, fc2, bias2, self._gate(gate, rows), out=rows)
 
 
-@contextlib.contextmanager
-def operands_of(linear: QuantizedLinear, x: Tensor) -> Iterator[tuple[tuple[PackedW4A4, ...], Tensor | None]]:
-    """The parts and the stored bias of a linear on x's device."""
-    with linear.on_device(x) as (weight, bias):
-        yield packed_parts(weight._qdata, weight._params), bias
+def torch_attention(transformer_options: dict) -> bool:
+    """Whether ComfyUI would take torch's attention, so that we may choose among torch's kernels ourselves."""
+    stock = comfy.ldm.flux.math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
+    return stock and "optimized_attention_override" not in transformer_options
+
+
+def attend_exactly(qkv: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by the fastest exact kernel that torch has, on q, k, v T [B, L, 3, H, 128], normalized and rotated.
+
+    Returns T [B, L, H * 128].
+    """
+    q, k, v = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))
+    if mask is not None and mask.ndim == 2:
+        mask = mask[None, None]
+    elif mask is not None and mask.ndim == 3:
+        mask = mask[:, None]
+    with sdpa_kernel(_ATTENTION, set_priority=True):
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).reshape(qkv.shape[0], qkv.shape[1], -1)
+
+
+def attend_as_asked(qkv: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+    """As :func:`attend_exactly`, with the attention that ComfyUI's flags or an override ask for."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))
+    return comfy.ldm.flux.math.optimized_attention(
+        q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options
+    )
 
 
 @contextlib.contextmanager
@@ -209,11 +264,19 @@ def weights_of(norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
         comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
 
 
+def release_graphs(flux: nn.Module) -> None:
+    """Give up the graphs of a Flux that has been through :func:`fuse_blocks`, and their memory."""
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        if isinstance(block, _Fused):
+            block.graphs.clear()
+            return
+
+
 def fuse_blocks(flux: nn.Module, backend: Backend) -> None:
     """Give every block of a ComfyUI Flux its fused forward, where ``backend`` has kernels for it."""
     if not backend.kernels:
         return
-    rotary, layers = Rotary(), backend.layers
+    rotary, layers, graphs = Rotary(), backend.layers, BlockGraphs()
     for blocks, stock, fused in (
         (flux.double_blocks, DoubleStreamBlock, FusedDoubleBlock),
         (flux.single_blocks, SingleStreamBlock, FusedSingleBlock),
@@ -221,4 +284,4 @@ def fuse_blocks(flux: nn.Module, backend: Backend) -> None:
         for block in blocks:
             if type(block) is stock and isinstance(block, stock):
                 block.__class__ = fused
-                block.layers, block.rotary = layers, rotary
+                block.layers, block.rotary, block.graphs = layers, rotary, graphs

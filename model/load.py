@@ -8,11 +8,12 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..kernels import backend_for
 from ..loaders import Checkpoint, PlainLayer, open_checkpoint
-from .flux import fuse_blocks
+from .flux import fuse_blocks, release_graphs
 from .layout_svdq import quantized_weight
 from .ops import make_operations
 from .patcher import adopt
@@ -40,6 +41,7 @@ def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False)
     if patcher is None:
         raise RuntimeError(f"{path}: ComfyUI does not recognise the model as FLUX; please report this with `inspect`")
     fuse_blocks(patcher.model.diffusion_model, backend)
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda detached, _: release_graphs(detached.model.diffusion_model))
     # Tells ComfyUI how to make a second, independent copy: for hooks, torch.compile and several GPUs.
     patcher.cached_patcher_init = (load_flux, (path, precision))
     log.info(

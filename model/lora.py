@@ -1,11 +1,13 @@
 """Patches that ComfyUI's stock nodes leave on a weight, applied beside a quantized weight instead of to it.
 
-A plain LoRA becomes extra low-rank columns: ``y += (x @ down^T) @ up^T``, exact and without requantizing anything.
+A plain LoRA becomes extra low-rank columns: ``y += (x @ down^T) @ up^T``, exact and without requantizing anything. For
+kernels they are columns of the layer's own low-rank branch, which then has a larger rank.
 Everything else (LoHa, LoKr, DoRA, full differences, merges) goes to ComfyUI's own arithmetic on the dequantized weight.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
+
+from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
+from ..kernels.layout import pack_lowrank_down, pack_lowrank_up
 
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 """(strength, value, strength of the weight, offset (axis, start, length), function), as ModelPatcher keeps patches."""
@@ -69,6 +74,35 @@ def build_columns(
         ups.append(up.to(dtype))
     sources = tuple(value for _, value, *_ in patches)
     return Columns(key, torch.cat(downs, dim=0), torch.cat(ups, dim=1), sources)
+
+
+def extend_parts(parts: tuple[PackedW4A4, ...], axis: int, columns: Columns) -> tuple[PackedW4A4, ...]:
+    """The parts of a linear (see layout_svdq.py) with ``columns`` in their low-rank branches, ranks padded by zeros."""
+    extended, start = [], 0
+    for part in parts:
+        size = part.n if axis == 0 else part.k
+        down = columns.down if axis == 0 else columns.down[:, start : start + size]
+        up = columns.up[start : start + size] if axis == 0 else columns.up
+        start += size
+        used = (up != 0).any(dim=0) & (down != 0).any(dim=1)
+        if used.any():
+            missing = -int(used.sum()) % RANK_MULTIPLE
+            down = torch.nn.functional.pad(down[used], (0, 0, 0, missing)).to(part.proj_down.dtype)
+            up = torch.nn.functional.pad(up[:, used], (0, missing)).to(part.proj_up.dtype)
+            part = dataclasses.replace(
+                part,
+                proj_down=_beside(part.proj_down, pack_lowrank_down(down)),
+                proj_up=_beside(part.proj_up, pack_lowrank_up(up)),
+            )
+        extended.append(part)
+    return tuple(extended)
+
+
+def _beside(factor: Tensor, more: Tensor) -> Tensor:
+    """Two packed low-rank factors [rows, R] side by side: tiles of 16 x 16 in the order of rows, then of ranks."""
+    rows = factor.shape[0]
+    tiles = (tensor.reshape(rows // 16, tensor.shape[1] // 16, 256) for tensor in (factor, more))
+    return torch.cat(tuple(tiles), dim=1).reshape(rows, factor.shape[1] + more.shape[1])
 
 
 def _embed(tensor: Tensor, axis: int, start: int, length: int, size: int) -> Tensor:

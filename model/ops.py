@@ -8,6 +8,7 @@ requantizing the weight, or replace it by a dense one, and take a stored bias fo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor, nn
 
 from ..kernels import Backend
+from ..kernels.int4 import PackedW4A4
 from . import lora
 from .layout_svdq import STATE_SUFFIXES, SVDQAwqLayout, SVDQInt4Layout, dequantize, packed_awq, packed_parts
 
@@ -111,6 +113,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self.slots = {"weight": PatchSlots(), "bias": PatchSlots()}
         self._functions = {name: _Functions(self, name) for name in self.slots}
         self._columns: lora.Columns | None = None
+        self._extended: tuple[lora.Columns, list[tuple[Tensor, Tensor]]] | None = None
 
     # ---- what core sets on modules
 
@@ -243,6 +246,10 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def on_device(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(weight, bias) where x is, for as long as the context lasts; core moves and frees them."""
         comfy.ops.run_every_op()
+        there = self.weight.device == x.device and (self.bias is None or self.bias.device == x.device)
+        if there and not any(self._functions.values()):  # what core would find out in ten times as long
+            yield self.weight, self.bias
+            return
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self,
             input=None,
@@ -257,14 +264,32 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
     def plain(self, dtype: torch.dtype) -> bool:
-        """Whether fused kernels can take this linear as it is, with activations of ``dtype``: SVDQuant, no patches, no
-        functions of other packs."""
+        """Whether fused kernels can take this linear with activations of ``dtype``: SVDQuant, no patches but plain
+        LoRAs, no functions of other packs."""
         return (
             is_quantized(self.weight)
             and self.weight._layout_cls == SVDQInt4Layout.__name__
             and self.weight._params.scale.dtype == dtype
             and not any(self._functions.values())
-            and not any(slots.active() for slots in self.slots.values())
+            and all(lora.is_plain(patch) for patch in self.slots["weight"].active())
+            and not self.slots["bias"].active()
+        )
+
+    def parts(self, weight: QuantizedTensor, x: Tensor) -> tuple[PackedW4A4, ...]:
+        """The parts of a linear that is ``plain``, LoRAs included, for activations like x; weight: from on_device."""
+        return self._with_columns(packed_parts(weight._qdata, weight._params), self._split_patches(x)[0])
+
+    def _with_columns(self, parts: tuple[PackedW4A4, ...], columns: lora.Columns | None) -> tuple[PackedW4A4, ...]:
+        if columns is None:
+            self._extended = None
+            return parts
+        if self._extended is None or self._extended[0] is not columns:
+            extended = lora.extend_parts(parts, self.weight._params.axis, columns)
+            self._extended = (columns, [(part.proj_down, part.proj_up) for part in extended])
+        # Only the factors are kept: core may have moved the rest since.
+        return tuple(
+            dataclasses.replace(part, proj_down=down, proj_up=up)
+            for part, (down, up) in zip(parts, self._extended[1], strict=True)
         )
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -272,21 +297,29 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         # A bias that is not owned has its patches applied already, by core.
         bias_patches = self.slots["bias"].active() if self.owns("bias") else []
         y = None
+        svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
         if as_stored and self.backend.precision != "16bit":
-            y = self._quantized(x, weight, bias)
+            y = self._quantized(x, weight, bias, columns)
+            if y is not None and svdq and self.backend.kernels:
+                return y
         if y is None:
             dense, bias = self._dense(x, weight, bias, rest, bias_patches)
             y = nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
         return y if columns is None else columns.apply(x, y)
 
-    def _quantized(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
-        """The linear with quantized activations, or None where it has to be dequantized."""
+    def _quantized(
+        self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, columns: lora.Columns | None
+    ) -> Tensor | None:
+        """The linear with quantized activations, or None where it has to be dequantized. Kernels apply ``columns`` to
+        an SVDQuant linear."""
         # That is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
         rows = x.reshape(-1, x.shape[-1]).to(weight._params.scale.dtype)
         compute = self.backend.layers
         if weight._layout_cls == SVDQInt4Layout.__name__:
             parts = packed_parts(weight._qdata, weight._params)
+            if self.backend.kernels:
+                parts = self._with_columns(parts, columns)
             y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
         else:
             y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias)

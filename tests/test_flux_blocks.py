@@ -1,0 +1,179 @@
+"""Fused blocks inside ComfyUI's Flux against the stock blocks with the same linears, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from flux_models import forward, inputs, load_dense, relative
+
+from svdq.cli.synth import synth
+from svdq.loaders import open_checkpoint
+
+pytestmark = [pytest.mark.comfy, pytest.mark.gpu]
+
+BACKENDS = ("int4", "int8")
+
+
+@pytest.fixture(scope="module")
+def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("blocks") / "dev.safetensors"
+    synth(path, variant="dev", scale="tiny", seed=3)
+    return path
+
+
+@pytest.fixture
+def load(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint in an arithmetic."""
+    from svdq.model import load_flux
+
+    def load(backend: str):
+        if backend != "int8":  # what a Hopper GPU takes by itself
+            monkeypatch.setenv("SVDQ_BACKEND", backend)
+        patcher = load_flux(str(path))
+        monkeypatch.delenv("SVDQ_BACKEND", raising=False)
+        return patcher
+
+    return load
+
+
+def unfused(patcher):
+    """The same MODEL with stock blocks."""
+    from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+
+    flux = patcher.model.diffusion_model
+    for blocks, stock in ((flux.double_blocks, DoubleStreamBlock), (flux.single_blocks, SingleStreamBlock)):
+        for block in blocks:
+            assert type(block) is not stock
+            block.__class__ = stock
+    return patcher
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "tokens", "batch"), [(16, 20, 1), (16, 20, 2), (18, 77, 1), (32, 64, 3)])
+def test_fused_blocks_are_the_stock_ones(backend: str, size: int, tokens: int, batch: int, path: Path, load) -> None:
+    """Both round to 16 bits, at different places. The yardstick is how far the dense model is from either."""
+    arguments = inputs(open_checkpoint(path), size=size, tokens=tokens, batch=batch)
+    fused, stock = forward(load(backend), arguments), forward(unfused(load(backend)), arguments)
+    dense = forward(load_dense(path), arguments)
+    assert torch.isfinite(fused).all()
+    error = relative(stock, dense)
+    print(f"{backend}: fused - stock {relative(fused, stock):.4f}, fused - dense {relative(fused, dense):.4f}, "
+          f"stock - dense {error:.4f}")  # fmt: skip
+    assert relative(fused, stock) <= 1.1 * error
+    assert relative(fused, dense) <= 1.1 * error
+
+
+def test_int8_is_nearer_to_16_bit_than_int4(path: Path, load) -> None:
+    arguments = inputs(open_checkpoint(path), size=32, tokens=64)
+    dense = forward(load_dense(path), arguments)
+    int4, int8 = (relative(forward(load(backend), arguments), dense) for backend in BACKENDS)
+    print(f"int4 {int4:.4f}, int8 {int8:.4f} from the dense model")
+    assert int8 < 0.7 * int4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_change_no_bit(backend: str, path: Path, load) -> None:
+    """Without a graph, captured, replayed, with other inputs, another size in between, and after an unload."""
+    import comfy.model_management as management
+
+    patcher = load(backend)
+    graphs = patcher.model.diffusion_model.double_blocks[0].graphs
+    small, large = (inputs(open_checkpoint(path), size=size, tokens=64, batch=1) for size in (16, 32))
+    other = small | {"x": small["x"] + 1, "timestep": small["timestep"] * 0.5}
+    plain = {}
+    for name, arguments in (("small", small), ("large", large), ("other", other)):
+        graphs.clear()
+        management.load_models_gpu([patcher])
+        plain[name] = forward_once(patcher, arguments)
+    graphs.clear()
+    for name, arguments in (("small", small), ("small", small), ("small", small), ("other", other), ("large", large),
+                            ("small", small), ("large", large), ("large", large)):  # fmt: skip
+        assert torch.equal(forward_once(patcher, arguments), plain[name]), name
+    assert captured(graphs) > 0
+    management.unload_all_models()
+    assert not graphs._shapes, "graphs must not outlive the weights on the GPU"
+    management.load_models_gpu([patcher])
+    for _ in range(3):
+        assert torch.equal(forward_once(patcher, small), plain["small"])
+
+
+def test_what_looks_inside_gets_the_stock_block(path: Path, load) -> None:
+    patcher = load("int8")
+    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    forward(patcher, arguments)
+    seen = []
+
+    def output_patch(attention, extra_options):
+        seen.append(attention.shape)
+        return attention
+
+    options = {"patches": {"attn1_output_patch": [output_patch]}}
+    stock = forward_once(patcher, arguments, transformer_options=options)
+    blocks = len(patcher.model.diffusion_model.double_blocks) + len(patcher.model.diffusion_model.single_blocks)
+    assert len(seen) == blocks
+    assert torch.equal(stock, forward_once(unfused(patcher), arguments))
+
+
+def test_an_attention_override_is_asked(path: Path, load) -> None:
+    patcher = load("int8")
+    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    expected, seen = forward(patcher, arguments), []
+
+    def override(function, q, k, v, heads, **options):
+        seen.append(q.shape)
+        return function(q, k, v, heads, **options)
+
+    actual = forward_once(patcher, arguments, transformer_options={"optimized_attention_override": override})
+    assert len(seen) > 0
+    assert relative(actual, expected) < 0.1
+
+
+def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
+    """One pass, without the warming up of ``flux_models.forward``."""
+    dtype = patcher.model.manual_cast_dtype or patcher.model_dtype()
+    values = {
+        name: value.to(patcher.load_device, dtype if name != "timestep" else None) for name, value in arguments.items()
+    }
+    x, timestep = values.pop("x"), values.pop("timestep")
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(x, timestep, **values, **more).float().cpu()
+
+
+def captured(graphs) -> int:
+    """Blocks that have a graph."""
+    return sum(graph is not None for shapes in graphs._shapes.values() for _, graph in shapes.graphs.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loras_stay_fused(backend: str, path: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On and off again, two of them, a change of strength; beside the dense model with the same LoRAs."""
+    import comfy.sd
+    import comfy.utils
+    from comfy.ldm.flux.layers import DoubleStreamBlock
+    from test_memory_modes import write_lora
+
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
+    lora = {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}  # biases are not fused
+
+    def with_loras(patcher, *strengths: float):
+        for strength in strengths:
+            patcher = comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)[0]
+        return patcher
+
+    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    patcher, dense = load(backend), load_dense(path)
+    plain = forward(patcher, arguments)
+    base = relative(plain, forward(dense, arguments))
+    stock_blocks = []
+    stock = DoubleStreamBlock.forward
+    for strengths in ((0.8,), (0.8, -0.5), (0.3,)):
+        with monkeypatch.context() as patch:
+            patch.setattr(DoubleStreamBlock, "forward", lambda *a, **k: stock_blocks.append(1) or stock(*a, **k))
+            actual = forward(with_loras(patcher, *strengths), arguments)
+        assert not stock_blocks, "a block with a plain LoRA fell back to the stock forward"
+        assert relative(actual, plain) > 1e-3
+        assert relative(actual, forward(with_loras(dense, *strengths), arguments)) <= 1.3 * base
+    assert torch.equal(forward(patcher, arguments), plain)
