@@ -175,6 +175,19 @@ def quantize_figures(
     return compile_for(quantize_kernel, pointers | sizes, constants, arch, warps, aligned, mma="HMNMX2")
 
 
+def quantize_int8_figures(arch: str, dtype: str = "bf16", act_unsigned: bool = False, norm: bool = False) -> Figures:
+    """The quantize kernel of the INT8 mode as quantize_act_int8 launches it."""
+    from svdq.kernels.int4 import SHIFT
+    from svdq.kernels.quantize_int8 import quantize_int8_kernel
+
+    names = ("x_ptr", "smooth_ptr", "proj_down_ptr", "modulation_ptr", "shift_ptr", "codes_ptr")
+    pointers = dict.fromkeys(names, "*i32") | {"scales_ptr": "*fp32", "lora_act_ptr": "*i32"}
+    sizes = dict.fromkeys(("M", "K", "R", "stride_xm", "rows_per_modulation", "stride_modulation"), "i32")
+    constants = {"NORM": norm, "SHIFT_BY": SHIFT if act_unsigned else 0.0, "T": {"bf16": 0, "fp16": 1}[dtype]}
+    aligned = {*pointers, "K", "R", "stride_xm", "stride_modulation"}
+    return compile_for(quantize_int8_kernel, pointers | sizes, constants, arch, 8, aligned, mma="HMMA", maxnreg=128)
+
+
 def gemv_figures(arch: str, dtype: str = "bf16", rows: int = 1) -> Figures:
     """The AWQ GEMV as gemv_w4a16 launches it for 1, 2, 4 or 8 rows."""
     from svdq.kernels.gemv import _gemv_kernel

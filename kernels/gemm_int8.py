@@ -6,8 +6,8 @@ Contract: ``reference.quantize_act_int8``, ``expand_w4_to_int8`` and ``gemm_w8a8
 matrices with K contiguous, as INT8 tensor cores want both operands. The integer sum is exact; what follows is float32
 and is rounded once. Unsigned activation codes c stand for c + 128: 128 times a weight row's sum joins the integer sum.
 
-Two kernels: ``gluon_hopper.py`` for sm_90, and the one here, in plain Triton, for the rest. Weights are made from the
-INT4 checkpoint by ``expand_w4_to_int8``: for good, or into a scratch buffer just before each GEMM.
+Two kernels: the one here, in plain Triton, and ``gluon_hopper.py`` for sm_90, only where its tile is asked for. Weights
+are made from the INT4 checkpoint by ``weights_int8.py``: for good, or into a scratch buffer just before each GEMM.
 """
 
 from __future__ import annotations
@@ -22,115 +22,15 @@ from torch import Tensor
 
 from .device import describe
 from .epilogue import KINDS, After, require
-from .int4 import GROUP, RANK_MULTIPLE, PackedW4A4
+from .int4 import RANK_MULTIPLE
+from .tiles_int8 import HopperTile, Tile, choose_tile, plan_items
+from .weights_int8 import W8
 
 HEAD = tl.constexpr(128)
 EPS = tl.constexpr(1e-6)
 _GELU = tl.constexpr(1)  # numbers of epilogue.KINDS
 _GATE_RESIDUAL = tl.constexpr(2)
 _NORM_ROPE = tl.constexpr(3)
-_ROUND = tl.constexpr(12582912.0)  # 3 * 2^22: adding it rounds a small float32 to an integer, ties to even
-_ROUND_BITS = tl.constexpr(0x4B400000)
-_EXPONENT = tl.constexpr(0x4B000000)  # the float 2^23, whose last bit is worth 1
-
-
-@dataclass(frozen=True)
-class W8:
-    """One INT8 weight: q int8 [N, K], row-major · scales float32 [N] · sums int32 [N]: of q along K · act_unsigned: as
-    in int4.py; the activation codes it takes are then those of an unsigned layer."""
-
-    q: Tensor
-    scales: Tensor
-    sums: Tensor
-    act_unsigned: bool = False
-
-    @property
-    def n(self) -> int:
-        return self.q.shape[0]
-
-    @property
-    def k(self) -> int:
-        return self.q.shape[1]
-
-
-# ---- INT4 checkpoint weights to INT8
-
-
-@triton.jit
-def _expand_kernel(
-    words_ptr, wscales_ptr, q_ptr, scales_ptr, sums_ptr, G,
-    SUMS: tl.constexpr, STEP: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """16 rows and all of K, STEP groups at a time: one contiguous 512 bytes of each tile of the file (layout.py)."""
-    pid = tl.program_id(0)
-    row = tl.arange(0, 16)
-    # Scales: [N / 128, G, 128], 16 rows as in layout.unpack_vector.
-    place = row % 8 // 2 * 4 + row // 8 * 2 + row % 2
-    wscales_ptr += pid // 8 * (G * 128) + pid % 8 * 16
-    largest = tl.zeros([16], tl.float32)
-    for g in range(0, G, BLOCK_G):
-        offs_g = g + tl.arange(0, BLOCK_G)
-        s = tl.load(wscales_ptr + offs_g[:, None] * 128 + place[None, :], mask=(offs_g < G)[:, None], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(s.to(tl.float32)), axis=0))
-    scales = largest * 0.0625
-    tl.store(scales_ptr + pid * 16 + row, scales)
-    inverse = tl.where(scales > 0.0, 1.0 / scales, 0.0)
-
-    words_ptr += pid // 8 * (G * 1024) + pid % 8 * 128
-    q_ptr += (pid * 16).to(tl.int64) * (G * 64)
-    offs_step = tl.arange(0, STEP)
-    offs_q = row[:, None] * (G * 64) + tl.arange(0, STEP * 64)[None, :]
-    shifts = 4 * tl.arange(0, 8)
-    sums = tl.zeros([16], tl.int32)
-    for g in tl.range(0, G, STEP, num_stages=STAGES):
-        inside = g + offs_step < G
-        words = tl.load(
-            words_ptr + (g + offs_step)[:, None] * 1024 + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0
-        )
-        s = tl.load(wscales_ptr + (g + offs_step)[None, :] * 128 + place[:, None], mask=inside[None, :], other=0.0)
-        ratio = s.to(tl.float32) * inverse[:, None]  # [16, STEP], at most 16
-        # axes: group, n%8, k/8%4, n/8, k/32 -> n/8, n%8, group, k/32, k/8%4
-        words = tl.permute(tl.reshape(words, [STEP, 8, 4, 2, 2]), [3, 1, 0, 4, 2])
-        code = ((tl.reshape(words, [16, STEP, 8])[:, :, :, None] >> shifts) & 15) ^ 8  # the code + 8
-        code = (code | _EXPONENT).to(tl.float32, bitcast=True) - 8388616.0
-        scaled = tl.fma(code, tl.broadcast_to(ratio[:, :, None, None], [16, STEP, 8, 8]), _ROUND)
-        q = tl.reshape(scaled.to(tl.int32, bitcast=True) - _ROUND_BITS, [16, STEP * 64])
-        if SUMS:
-            sums += tl.sum(q, axis=1)
-        tl.store(q_ptr + g * 64 + offs_q, q.to(tl.int8), mask=g * 64 + tl.arange(0, STEP * 64)[None, :] < G * 64)
-    if SUMS:
-        tl.store(sums_ptr + pid * 16 + row, sums)
-
-
-def expand_w4_to_int8(
-    weight: PackedW4A4, out: Tensor | None = None, step: int = 8, warps: int = 4, stages: int = 2
-) -> W8:
-    """As :func:`kernels.reference.expand_w4_to_int8`, from file order to natural row-major.
-
-    out: int8 [N, K] to write q into, or None · step (groups at a time), warps, stages: for benchmarks. ``sums`` is
-    filled only where the layer takes unsigned activation codes. One pass, bound by memory: 1.5 bytes per weight.
-    """
-    n, k = weight.n, weight.k
-    device = weight.qweight.device
-    q = torch.empty(n, k, dtype=torch.int8, device=device) if out is None else out
-    require("out", q, (n, k), torch.int8)
-    scales = torch.empty(n, dtype=torch.float32, device=device)
-    sums = torch.empty(n, dtype=torch.int32, device=device) if weight.act_unsigned else scales.view(torch.int32)
-    with torch.cuda.device_of(q):
-        _expand_kernel[(n // 16,)](
-            words_ptr=weight.qweight.view(torch.int32),
-            wscales_ptr=weight.wscales,
-            q_ptr=q,
-            scales_ptr=scales,
-            sums_ptr=sums,
-            G=k // GROUP,
-            SUMS=weight.act_unsigned,
-            STEP=step,
-            BLOCK_G=16,
-            STAGES=stages,
-            num_warps=warps,
-        )
-    return W8(q, scales, sums, weight.act_unsigned)
 
 
 # ---- the plain Triton kernel
@@ -196,7 +96,7 @@ def _gemm_w8a8_kernel(
     lora_act_ptr, proj_up_ptr, bias_ptr, out_ptr, gate_ptr, residual_ptr, norm_q_ptr, norm_k_ptr, rotary_ptr,
     M, N, K, K2, R, stride_out, rows_per_gate,
     UNSIGNED: tl.constexpr, UNSIGNED2: tl.constexpr, SECOND: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
-    RANKS: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    ONE_GATE: tl.constexpr, RANKS: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Blocks of BM x BN, one program after the other taking the next · RANKS: low-rank columns at a time."""
@@ -234,9 +134,11 @@ def _gemm_w8a8_kernel(
             u = y * (0.7978845608028654 + 0.035677408136300125 * y * y)
             y = y / (1.0 + tl.exp2(u * -2.8853900817779268))
         elif EPILOGUE == _GATE_RESIDUAL:
-            gate = tl.load(gate_ptr + (last_m // rows_per_gate)[:, None] * N + last_n[None, :])
-            residual = tl.load(residual_ptr + last_m[:, None] * N + last_n[None, :])
-            y = residual.to(tl.float32) + gate.to(tl.float32) * y
+            if ONE_GATE:
+                y *= tl.load(gate_ptr + last_n).to(tl.float32)[None, :]
+            else:
+                y *= tl.load(gate_ptr + (last_m // rows_per_gate)[:, None] * N + last_n[None, :]).to(tl.float32)
+            y += tl.load(residual_ptr + last_m[:, None] * N + last_n[None, :]).to(tl.float32)
         elif EPILOGUE == _NORM_ROPE:
             y = _norm_rope(y, offs_m, column, norm_q_ptr, norm_k_ptr, rotary_ptr, M, N)
         if out_ptr.dtype.element_ty == tl.float16:
@@ -246,37 +148,6 @@ def _gemm_w8a8_kernel(
             y.to(out_ptr.dtype.element_ty),
             mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
         )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """block_m x block_n outputs of a program, block_k columns of K at a time, ``stages`` of them in shared memory ·
-    tma: operands are loaded by the bulk tensor copy engine, and each multiprocessor has one program, which takes block
-    after block · flatten: whether the compiler makes one loop of blocks and columns."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    tma: bool = False
-    group_m: int = 8
-    flatten: bool = False
-
-
-def choose_tile(m: int, n: int, arch: str, second: bool = False) -> Tile:
-    """The tile of the plain Triton kernel: a reviewed table, no autotune. second: whether K has a second part, whose
-    scales need accumulators of their own."""
-    if arch == "sm_90":
-        if m <= 64 or -(-m // 128) * -(-n // 128) <= 96:
-            return Tile(64, 128, 128, 4, 4, tma=True)
-        return Tile(128, 128, 128, 8, 4, tma=True) if second else Tile(128, 256, 128, 8, 3, tma=True)
-    if arch == "hip":
-        return Tile(128, 128, 64, 8, 2)
-    stages = 4 if arch == "sm_80" or arch.startswith("sm_10") else 3
-    if m <= 64:
-        return Tile(64, 128, 64, 4, stages)
-    return Tile(128, 128, 64, 8, stages)
 
 
 @dataclass(frozen=True)
@@ -300,7 +171,7 @@ class _Call:
 
     @property
     def rows_per_gate(self) -> int:
-        return 1 if self.after.gate is None else self.out.shape[0] // self.after.gate.shape[0]
+        return 0 if self.after.gate is None else self.out.shape[0] // self.after.gate.shape[0]
 
 
 def _run_triton(tile: Tile, call: _Call) -> None:
@@ -343,6 +214,7 @@ def _run_triton(tile: Tile, call: _Call) -> None:
         SECOND=call.second is not None,
         BIAS=call.bias is not None,
         EPILOGUE=KINDS.index(call.after.name),
+        ONE_GATE=call.rows_per_gate == m,
         RANKS=next(r for r in (64, 32, 16) if rank % r == 0) if rank else 0,
         TMA=tile.tma,
         FLATTEN=tile.flatten,
@@ -355,7 +227,7 @@ def _run_triton(tile: Tile, call: _Call) -> None:
     )
 
 
-def _run_hopper(tile, call: _Call) -> None:
+def _run_hopper(tile: HopperTile, call: _Call) -> None:
     """The kernel of ``gluon_hopper.py``; of ``tile`` what depends on the operands is filled in here."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -366,8 +238,7 @@ def _run_hopper(tile, call: _Call) -> None:
     m, n = call.out.shape
     rank = call.proj_up.shape[1]
     steps1, steps2 = w.k // 128, w2.k // 128 if call.second else 0
-    sms = multiprocessors(codes.device.index)
-    plan = gluon_hopper.plan(m, n, steps1 + steps2, tile, sms)
+    plan = plan_items(m, n, steps1 + steps2, tile, multiprocessors(codes.device.index))
     ranks = next((r for r in (16, 32) if rank <= r), 64) if rank else 0
     tile = replace(
         tile,
@@ -377,6 +248,7 @@ def _run_hopper(tile, call: _Call) -> None:
         unsigned2=w2.act_unsigned,
         bias=call.bias is not None,
         epilogue=KINDS.index(call.after.name),
+        one_gate=call.rows_per_gate == m,
         split=plan.pieces > 1,
         least_steps=0,
         skew=tile.skew if plan.least_steps(steps1 + steps2) > tile.skew else 0,
@@ -448,7 +320,7 @@ def gemm_w8a8(
     after: After | None = None,
     out: Tensor | None = None,
     second: tuple[Tensor, Tensor, W8] | None = None,
-    tile=None,
+    tile: Tile | HopperTile | None = None,
 ) -> Tensor:
     """As :func:`kernels.reference.gemm_w8a8`, on one GPU; what follows the GEMM as in ``epilogue.py``.
 
@@ -456,7 +328,8 @@ def gemm_w8a8(
     order · bias: [N], any float dtype, or None · after: what else is done before rounding · out: [M, N] to write to, of
     which rows may be apart; its type is then out_dtype · second: codes [M, K2], scales [M] and weight [N, K2] of a
     second input whose product is added before anything is rounded; lora_act and proj_up then hold both low-rank
-    branches side by side · tile: a Tile or gluon_hopper.HopperTile, for tests and benchmarks. Returns [M, N] in
+    branches side by side · tile: for tests and benchmarks; a HopperTile asks for the kernel of gluon_hopper.py, which
+    has not run to its end on a GPU yet, needs Triton 3.6 and writes 16-bit outputs only. Returns [M, N] in
     ``out_dtype`` (bf16, fp16 or float32, default T); fp16 saturates at 65504. N, K and K2 are multiples of 128, R of
     16. Raises ValueError where operands do not fit.
     """
@@ -493,7 +366,6 @@ def gemm_w8a8(
     call = _Call((codes, scales, weight), second, lora_act, proj_up, bias, after, out)
     architecture = describe(codes.device).architecture
     with torch.cuda.device_of(codes):
-        tile = tile or choose_tile(m, n, architecture, second is not None)
+        tile = tile or choose_tile(m, n, architecture, second is not None, after.name)
         _run_triton(tile, call) if isinstance(tile, Tile) else _run_hopper(tile, call)
     return out
-

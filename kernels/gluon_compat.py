@@ -1,7 +1,8 @@
 """The Gluon names that differ between Triton 3.5 and 3.9, under one name each. Importing this file imports Triton.
 
-Triton 3.7 renamed ``thread_barrier`` to ``barrier``, 3.8 ``async_copy_global_to_shared`` to ``async_load``. Everything
-else that kernels use (layouts, plain loads, split, reshape, permute, inline assembly) has one name in all of them.
+Triton 3.7 renamed ``thread_barrier`` to ``barrier``, 3.8 ``async_copy_global_to_shared`` to ``async_load``; 3.9 has
+``reinterpret`` of shared memory without an underscore. Everything else that kernels use (layouts, plain loads, split,
+reshape, permute, inline assembly) has one name in all of them.
 """
 
 from __future__ import annotations
@@ -13,4 +14,19 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 barrier = gl.constexpr(getattr(gl, "barrier", None) or gl.thread_barrier)
 async_load = gl.constexpr(getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared)
 
-__all__ = ["async_copy", "async_load", "barrier", "gl", "gluon"]
+
+@gluon.constexpr_function
+def _has_reinterpret():
+    return hasattr(gl.shared_memory_descriptor, "reinterpret")
+
+
+@gluon.jit
+def store_as(memory, values, layout: gl.constexpr):
+    """Store all of a shared memory buffer in another layout than its parts are read in."""
+    if _has_reinterpret():
+        memory.reinterpret(values.dtype, values.shape, layout).store(values)
+    else:
+        memory._reinterpret(values.dtype, values.shape, layout).store(values)
+
+
+__all__ = ["async_copy", "async_load", "barrier", "gl", "gluon", "store_as"]

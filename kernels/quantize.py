@@ -150,7 +150,8 @@ def quantize_kernel(
             gl.int32, [SLAB * 4, WK, RT, 32, 4], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
         )
         shared = (s_factors, s_down)
-    zero = gl.zeros([WM, WK, max(RT, 1), 32], gl.float32, C)
+    RANK_TILES: gl.constexpr = RT if RT > 0 else 1
+    zero = gl.zeros([WM, WK, RANK_TILES, 32], gl.float32, C)
     sums = ((zero, zero, zero, zero), (zero, zero, zero, zero))
     for start in range(0, steps, SLAB):
         group = first + start * WK

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from .act_codes import group_layout
 from .epilogue import BF16, pack_pair, unpack_pair
-from .gluon_compat import gl, gluon
+from .gluon_compat import gl, gluon, store_as
 from .int4 import SHIFT
 from .int4_block import mma_16bit
 
@@ -106,14 +106,14 @@ def stage_factors(smooth_ptr, s_factors, group, last, T: gl.constexpr, SLAB: gl.
     # axes: step, warp, k/32, k/16%2, k%8/2, k/8%2, part
     words = gl.reshape(gl.join(first, second), [SLAB, WK, 2, 2, 4, 2, 2])
     words = gl.reshape(gl.permute(words, [0, 6, 2, 1, 3, 5, 4]), [SLAB * 4, WK, 4, 4])
-    s_factors._reinterpret(gl.int32, words.shape, gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])).store(words)
+    store_as(s_factors, words, gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
 
 
 @gluon.jit
 def stage_down(proj_down_ptr, s_down, group, last, R, SLAB: gl.constexpr, WM: gl.constexpr, WK: gl.constexpr,
                 RT: gl.constexpr):  # fmt: skip
     """proj_down of SLAB * WK groups from ``group`` as the A operands of MMAs whose B operands are words of x."""
-    WR: gl.constexpr = min(RT, WM * WK)
+    WR: gl.constexpr = RT if RT < WM * WK else WM * WK
     L: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, 1, 1, 8], [1, 2, 1, 8, 2, 1], [WM * WK // WR, 1, WR, 1, 1, 1], [5, 4, 3, 2, 1, 0]
     )
@@ -125,7 +125,7 @@ def stage_down(proj_down_ptr, s_down, group, last, R, SLAB: gl.constexpr, WM: gl
     words = gl.reshape(words, [SLAB, WK, 2, 2, RT, 8, 2, 2, 2, 2])
     # step, k/32, k%8/4, warp, r/16; a lane's place in the MMA: r%8, k/16%2, k/8%2; its registers: k%4/2, r/8%2
     words = gl.reshape(gl.permute(words, [0, 2, 6, 1, 4, 5, 3, 9, 7, 8]), [SLAB * 4, WK, RT, 32, 4])
-    s_down._reinterpret(gl.int32, words.shape, gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])).store(words)
+    store_as(s_down, words, gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0]))
 
 
 @gluon.jit
