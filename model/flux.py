@@ -108,7 +108,9 @@ class _Fused:
                 self._compute(weights, inputs, tensors[len(streams) + 1 :], rows, attend)
 
             tensors = (*streams, rotary, *modulations)
-            if mask is not None or not stock:
+            # Weights that dynamic VRAM pages in and out: graphs have not been tried with them.
+            paged = hasattr(self.get_submodule(self.linears[0]), "_v")
+            if mask is not None or not stock or paged:
                 compute(*tensors)
                 return streams
             addresses = [weights[name].data_ptr() for name in self.norms]

@@ -8,6 +8,7 @@ temporaries.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
@@ -108,7 +109,8 @@ class BlockGraphs:
                 compute(*statics)
             except Exception as error:
                 log.warning("SVDQ FLUX: a block runs without a CUDA graph: %s", error)
-                graph.capture_end()
+                with contextlib.suppress(RuntimeError):  # of a capture that is broken already
+                    graph.capture_end()
                 graph = _UNFIT
             else:
                 graph.capture_end()
