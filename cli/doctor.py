@@ -177,13 +177,17 @@ def _runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> boo
 
 
 def _triton(facts: Facts) -> list[Finding]:
-    """Only where a kernel could use it; nothing in this version needs it, so a missing Triton is no error."""
+    """Only where a kernel could use it; without it everything still runs, more slowly."""
     if not facts.gpus or facts.torch is None:
         return []
     package = "triton-windows" if facts.system == "Windows" else "triton"
     if facts.triton is None:
-        what = f"Triton cannot be imported ({facts.triton_missing}): later GPU kernels need it"
-        return [Finding("note", what, f"pip install {package}")]
+        what = f"Triton cannot be imported ({facts.triton_missing}): 4-bit layers run in 16 bits, several times slower"
+        return [Finding("warning", what, f"pip install {package}")]
+    no_compiler = next((reason for _, _, reason in facts.backends if "C compiler" in reason), None)
+    if no_compiler is not None:
+        what = f"{no_compiler}: 4-bit layers run in 16 bits, several times slower"
+        return [Finding("warning", what, "Install gcc (Debian, Ubuntu: sudo apt install gcc)")]
     oldest, newest = TRITON_RANGE
     if not oldest <= _version(facts.triton) <= newest:
         what = f"Triton {facts.triton}; kernels are tested with {_dotted(oldest)} to {_dotted(newest)}"
