@@ -22,7 +22,7 @@ from .gemm_quantize import gemm_gelu_quantize
 from .gemv import MAX_ROWS, gemv_w4a16
 from .int4 import PackedAWQ, PackedW4A4
 from .low_rank import natural_factors
-from .quantize import Modulation, quantize_act
+from .quantize import MAX_RANK, Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
 from .weights_int8 import expand_w4_to_int8
 
@@ -32,6 +32,8 @@ class Layers(ABC):
 
     after = After
     modulation = Modulation
+    device_type = "cuda"
+    max_rank: int | None = None  # of a low-rank branch
 
     @abstractmethod
     def quantize(self, x: Tensor, part: PackedW4A4, modulation: Modulation | None = None) -> Any:
@@ -87,6 +89,8 @@ class Layers(ABC):
 
 class Int4Layers(Layers):
     """INT4 activations, the arithmetic of int4.py."""
+
+    max_rank = MAX_RANK
 
     def quantize(self, x, part, modulation=None):
         return quantize_act(x, part, modulation)

@@ -78,7 +78,7 @@ class _Fused:
             and pe.shape[1] == 1
             and pe.shape[3:] == (HEAD // 2, 2, 2)
             and pe.shape[0] in (1, x.shape[0])
-            and x.device.type == "cuda"
+            and x.device.type == self.layers.device_type
             and self.hidden_size == self.num_heads * HEAD
             and not (torch.is_grad_enabled() and x.requires_grad)
             and all(self.get_submodule(name).plain(x.dtype) for name in self.linears)

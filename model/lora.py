@@ -33,6 +33,11 @@ def is_plain(patch: Patch) -> bool:
     return mid is None and dora_scale is None and reshape is None and up.ndim == 2 and down.ndim == 2
 
 
+def rank_of(patch: Patch) -> int:
+    """Low-rank columns that a plain patch needs."""
+    return patch[1].weights[1].shape[0]
+
+
 @dataclass(frozen=True)
 class Columns:
     """Low-rank columns for one linear, on its device: down [R, K], up [N, R].

@@ -21,7 +21,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor, nn
 
 from ..kernels import Backend
-from ..kernels.int4 import PackedW4A4
+from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
 from . import lora
 from .layout_svdq import STATE_SUFFIXES, SVDQAwqLayout, SVDQInt4Layout, dequantize, packed_awq, packed_parts
 
@@ -266,14 +266,22 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def plain(self, dtype: torch.dtype) -> bool:
         """Whether fused kernels can take this linear with activations of ``dtype``: SVDQuant, no patches but plain
         LoRAs, no functions of other packs."""
+        if not is_quantized(self.weight) or self.weight._layout_cls != SVDQInt4Layout.__name__:
+            return False
+        patches = self.slots["weight"].active()
         return (
-            is_quantized(self.weight)
-            and self.weight._layout_cls == SVDQInt4Layout.__name__
-            and self.weight._params.scale.dtype == dtype
+            self.weight._params.scale.dtype == dtype
             and not any(self._functions.values())
-            and all(lora.is_plain(patch) for patch in self.slots["weight"].active())
             and not self.slots["bias"].active()
+            and all(lora.is_plain(patch) for patch in patches)
+            and (not patches or self._has_room(sum(lora.rank_of(patch) for patch in patches)))
         )
+
+    def _has_room(self, ranks: int) -> bool:
+        """Whether the kernels' low-rank branch takes so many more ranks."""
+        params, limit = self.weight._params, self.backend.layers.max_rank
+        rank = max(factor.shape[1] for factor in (params.down, params.head_down) if factor is not None)
+        return limit is None or rank + -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE <= limit
 
     def parts(self, weight: QuantizedTensor, x: Tensor) -> tuple[PackedW4A4, ...]:
         """The parts of a linear that is ``plain``, LoRAs included, for activations like x; weight: from on_device."""
@@ -300,8 +308,9 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
         if as_stored and self.backend.precision != "16bit":
-            y = self._quantized(x, weight, bias, columns)
-            if y is not None and svdq and self.backend.kernels:
+            inside = svdq and self.backend.kernels and columns is not None and self._has_room(len(columns.down))
+            y = self._quantized(x, weight, bias, columns if inside else None)
+            if inside:
                 return y
         if y is None:
             dense, bias = self._dense(x, weight, bias, rest, bias_patches)
@@ -311,15 +320,13 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def _quantized(
         self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, columns: lora.Columns | None
     ) -> Tensor | None:
-        """The linear with quantized activations, or None where it has to be dequantized. Kernels apply ``columns`` to
-        an SVDQuant linear."""
+        """The linear with quantized activations, or None where it has to be dequantized. columns: for kernels, in the
+        low-rank branch of an SVDQuant linear."""
         # That is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
         rows = x.reshape(-1, x.shape[-1]).to(weight._params.scale.dtype)
         compute = self.backend.layers
         if weight._layout_cls == SVDQInt4Layout.__name__:
-            parts = packed_parts(weight._qdata, weight._params)
-            if self.backend.kernels:
-                parts = self._with_columns(parts, columns)
+            parts = self._with_columns(packed_parts(weight._qdata, weight._params), columns)
             y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
         else:
             y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias)

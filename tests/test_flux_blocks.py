@@ -146,6 +146,22 @@ def captured(graphs) -> int:
     return sum(graph is not None for shapes in graphs._shapes.values() for _, graph in shapes.graphs.values())
 
 
+def test_loras_of_a_rank_beyond_the_kernels_are_applied_beside_them(path: Path, load) -> None:
+    import comfy.sd
+
+    hidden = open_checkpoint(path).config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"diffusion_model.single_blocks.0.linear1.lora_{name}.weight": torch.randn(*shape, generator=generator) * 0.1
+        for name, shape in (("down", (300, hidden)), ("up", (7 * hidden, 300)))
+    }
+    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    patcher, dense = load("int4"), load_dense(path)
+    base = relative(forward(patcher, arguments), forward(dense, arguments))
+    patched, expected = (comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0] for model in (patcher, dense))
+    assert relative(forward(patched, arguments), forward(expected, arguments)) <= 1.3 * base
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loras_stay_fused(backend: str, path: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On and off again, two of them, a change of strength; beside the dense model with the same LoRAs."""

@@ -1,0 +1,183 @@
+"""The wiring of fused blocks without a GPU: layers in PyTorch in place of kernels, against ComfyUI's own blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flux_models import forward, inputs, relative
+from test_memory_modes import write_lora
+
+from svdq.cli.synth import synth
+from svdq.kernels import reference
+from svdq.loaders import open_checkpoint
+
+pytestmark = pytest.mark.comfy
+
+LIMIT = 1e-5  # float32, sums in another order
+
+
+class PlainLayers:
+    """What kernels.layers.Layers offers, with activations as they are. Counts its products."""
+
+    device_type, max_rank = "cpu", None
+
+    def __init__(self) -> None:
+        self.products = 0
+
+    @staticmethod
+    def after(**parts):
+        return SimpleNamespace(**dict.fromkeys(("gate", "residual", "norm_q", "norm_k", "rotary")) | parts)
+
+    @staticmethod
+    def modulation(scale, shift):
+        return SimpleNamespace(scale=scale, shift=shift)
+
+    def quantize(self, x, part, modulation=None):
+        assert x.shape[1] == part.k
+        return x if modulation is None else reference.layer_norm_modulate(x, modulation.scale, modulation.shift)
+
+    def multiply(self, x, part, bias, after=None, out=None):
+        self.products += 1
+        return self._finish(self._product(x, part, bias), after, out)
+
+    def multiply_sum(self, first, first_part, second, second_part, bias, after=None, out=None):
+        self.products += 1
+        y = self._product(first, first_part, bias) + self._product(second, second_part, None)
+        return self._finish(y, after, out)
+
+    def gelu_input(self, x, part, bias, following):
+        assert following.k == part.n
+        return torch.nn.functional.gelu(self._product(x, part, bias), approximate="tanh")
+
+    def _product(self, x, part, bias):
+        dense, shift = reference.dequantize_w4a4(part.unpack(), x.dtype)
+        y = x @ dense.t()
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y if shift is None else y + shift
+
+    def _finish(self, y, after, out):
+        if after is not None and after.gate is not None:
+            rows = len(y) // len(after.gate)
+            y = after.residual + after.gate.repeat_interleave(rows, dim=0) * y
+        if after is not None and after.rotary is not None:
+            heads = y.reshape(len(y), 3, -1, 128)
+            q, k = (
+                reference.rms_norm_rope(heads[:, i].contiguous(), norm, after.rotary)
+                for i, norm in enumerate((after.norm_q, after.norm_k))
+            )
+            y = torch.stack((q, k, heads[:, 2]), dim=1).reshape(y.shape)
+        return y if out is None else out.copy_(y)
+
+
+@pytest.fixture(scope="module")
+def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("blocks") / "dev.safetensors"
+    synth(path, variant="dev", scale="tiny", seed=3)
+    return path
+
+
+@pytest.fixture
+def models(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """(MODEL with fused blocks, the same with stock ones, the layers of the first)."""
+    from svdq.model import flux, load_flux
+    from svdq.model.ops import QuantizedLinear
+
+    plain = QuantizedLinear.plain
+    # float32 activations, the type that ComfyUI computes in on a CPU
+    monkeypatch.setattr(QuantizedLinear, "plain", lambda self, dtype: plain(self, self.weight._params.scale.dtype))
+    monkeypatch.setattr(QuantizedLinear, "_has_room", lambda self, ranks: True)
+    layers = PlainLayers()
+    fused, stock = load_flux(str(path), "16bit"), load_flux(str(path), "16bit")
+    flux.fuse_blocks(fused.model.diffusion_model, SimpleNamespace(kernels=True, layers=layers))
+    graphs = SimpleNamespace(run=lambda block, addresses, compute, tensors, n: (compute(*tensors), tensors[:n])[1],
+                             clear=lambda: None)  # fmt: skip
+    for block in (*fused.model.diffusion_model.double_blocks, *fused.model.diffusion_model.single_blocks):
+        block.graphs = graphs
+    return fused, stock, layers
+
+
+@pytest.mark.parametrize(("size", "tokens", "batch"), [(16, 20, 1), (16, 20, 2), (10, 7, 3)])
+def test_fused_blocks_are_the_stock_ones(models, path: Path, size: int, tokens: int, batch: int) -> None:
+    fused, stock, layers = models
+    arguments = inputs(open_checkpoint(path), size=size, tokens=tokens, batch=batch)
+    assert relative(forward(fused, arguments), forward(stock, arguments)) < LIMIT
+    assert layers.products > 0
+
+
+def test_loras_are_in_the_low_rank_branch(models, path: Path, tmp_path: Path) -> None:
+    import comfy.sd
+    import comfy.utils
+
+    fused, stock, layers = models
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
+    lora = {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}
+    arguments = inputs(open_checkpoint(path))
+    before = forward(fused, arguments)
+    products = layers.products
+    patched = [comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)[0] for model in (fused, stock)]
+    actual, expected = (forward(model, arguments) for model in patched)
+    assert layers.products == 2 * products, "a block fell back to the stock forward"
+    # Columns are rounded to the file's 16-bit type there, to float32 here.
+    assert relative(actual, expected) < 5e-3 < relative(actual, before)
+    assert torch.equal(forward(fused, arguments), before)
+
+
+def test_a_mask_and_an_override_reach_the_attention(models, path: Path) -> None:
+    fused, stock, _ = models
+    arguments = inputs(open_checkpoint(path), batch=1)
+    length = arguments["context"].shape[1] + arguments["x"].shape[-1] ** 2 // 4
+    mask = torch.zeros(1, length, length).masked_fill(torch.rand(1, length, length) < 0.2, -1e4)
+    masked = [run(model, arguments, attention_mask=mask) for model in (fused, stock)]
+    assert relative(*masked) < LIMIT < relative(masked[0], run(fused, arguments))
+    seen = []
+
+    def override(function, *args, **options):
+        seen.append(1)
+        return function(*args, **options)
+
+    options = {"optimized_attention_override": override}
+    assert relative(run(fused, arguments, transformer_options=options), run(stock, arguments)) < LIMIT
+    flux = fused.model.diffusion_model
+    assert len(seen) == len(flux.double_blocks) + len(flux.single_blocks)
+
+
+@pytest.mark.parametrize("patch", ["attn1_patch", "attn1_output_patch"])
+def test_what_looks_inside_gets_the_stock_blocks(models, path: Path, patch: str) -> None:
+    fused, stock, layers = models
+    arguments, seen = inputs(open_checkpoint(path), batch=1), []
+
+    def look(*args, **options):
+        seen.append(1)
+        return {} if patch == "attn1_patch" else args[0]
+
+    actual = run(fused, arguments, transformer_options={"patches": {patch: [look]}})
+    assert torch.equal(actual, run(stock, arguments))
+    assert seen and not layers.products
+
+
+def test_patches_between_blocks_see_what_they_would(models, path: Path) -> None:
+    """patches_replace gets and returns the same tensors as with stock blocks."""
+    fused, stock, _ = models
+    arguments = inputs(open_checkpoint(path), batch=1)
+
+    def replace(args, extra):
+        out = extra["original_block"](args)
+        return {name: value * 0.5 for name, value in out.items()}
+
+    options = {"patches_replace": {"dit": {("double_block", 0): replace, ("single_block", 1): replace}}}
+    actual, expected = (run(model, arguments, transformer_options=options) for model in (fused, stock))
+    assert relative(actual, expected) < LIMIT < relative(actual, run(fused, arguments))
+
+
+def run(patcher, arguments: dict, **more) -> torch.Tensor:
+    import comfy.model_management as management
+
+    management.load_models_gpu([patcher])
+    values = {name: value.clone() for name, value in arguments.items()}
+    x, timestep = values.pop("x"), values.pop("timestep")
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(x, timestep, **values, **more).float()
