@@ -19,13 +19,14 @@ import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.ops
 import torch
-from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+from comfy.ldm.flux.layers import DoubleStreamBlock, Modulation, SingleStreamBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import Backend
 from ..kernels.int4 import PackedW4A4
 from .graphs import BlockGraphs
+from .ops import QuantizedLinear
 
 HEAD = 128
 _STOCK_ATTENTION = comfy.ldm.flux.math.attention  # other packs put their own in its place
@@ -62,6 +63,7 @@ class _Fused:
     graphs: BlockGraphs
     linears: tuple[str, ...]  # the quantized linears of a block, by name
     norms: tuple[str, ...]
+    modulations: tuple[str, ...]
 
     def _fuses(self, x: Tensor, vec: Any, pe: Tensor | None, dims: Any, transformer_options: dict) -> bool:
         """Whether this call can be fused: nobody looks inside the block, and every layer is as stored."""
@@ -81,7 +83,20 @@ class _Fused:
             and x.device.type == self.layers.device_type
             and self.hidden_size == self.num_heads * HEAD
             and not (torch.is_grad_enabled() and x.requires_grad)
+            and self._as_built()
             and all(self.get_submodule(name).plain(x.dtype) for name in self.linears)
+        )
+
+    def _as_built(self) -> bool:
+        """Whether the block's parts are ComfyUI's and ours: nothing in the place of one or hooked to it."""
+        modules = dict(self.named_modules())
+        kinds = dict.fromkeys(self.linears, QuantizedLinear) | dict.fromkeys(self.norms, nn.RMSNorm)
+        kinds |= dict.fromkeys(self.modulations, Modulation)
+        called = {f"{name}.lin" for name in self.modulations}  # as modules, whatever they are
+        return all(isinstance(modules.get(name), kind) for name, kind in kinds.items()) and not any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+            for name, module in modules.items()
+            if name and name not in called
         )
 
     def _run(self, modulations: tuple[Tensor, ...], streams: tuple[Tensor, ...], pe: Tensor, mask: Tensor | None,
@@ -148,6 +163,7 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
         f"{stream}_{name}" for stream in ("img", "txt") for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
     )
     norms = tuple(f"{stream}_attn.norm.{name}_norm" for stream in ("img", "txt") for name in ("query", "key"))
+    modulations = ("img_mod", "txt_mod")
 
     def forward(
         self, img: Tensor, txt: Tensor, vec: Any, pe: Tensor, attn_mask: Tensor | None = None,
@@ -197,6 +213,7 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
 
     linears = ("linear1", "linear2")
     norms = ("norm.query_norm", "norm.key_norm")
+    modulations = ("modulation",)
 
     def forward(
         self, x: Tensor, vec: Any, pe: Tensor, attn_mask: Tensor | None = None, modulation_dims: Any = None,

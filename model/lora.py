@@ -7,11 +7,15 @@ Everything else (LoHa, LoKr, DoRA, full differences, merges) goes to ComfyUI's o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -20,22 +24,91 @@ from torch import Tensor
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
 from ..kernels.layout import pack_lowrank_down, pack_lowrank_up
 
+log = logging.getLogger(__name__)
+
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 """(strength, value, strength of the weight, offset (axis, start, length), function), as ModelPatcher keeps patches."""
 
 
-def is_plain(patch: Patch) -> bool:
-    """Whether a patch is a LoRA that low-rank columns express exactly."""
+def is_plain(patch: Patch, shape: tuple[int, int]) -> bool:
+    """Whether a patch is a LoRA that low-rank columns express exactly, for a weight of ``shape`` [N, K]."""
     _, value, strength_model, _, function = patch
     if not isinstance(value, LoRAAdapter) or strength_model != 1.0 or function is not None:
         return False
     up, down, _, mid, dora_scale, reshape = value.weights
-    return mid is None and dora_scale is None and reshape is None and up.ndim == 2 and down.ndim == 2
+    simple = mid is None and dora_scale is None and reshape is None and up.ndim == 2 and down.ndim == 2
+    return simple and up.shape[1] == down.shape[0] and (up.shape[0], down.shape[1]) == _patched_shape(patch, shape)
+
+
+def _patched_shape(patch: Patch, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of the part of a weight that a patch is for."""
+    offset = patch[3]
+    if offset is None:
+        return shape
+    return (offset[2], shape[1]) if offset[0] == 0 else (shape[0], offset[2])
 
 
 def rank_of(patch: Patch) -> int:
     """Low-rank columns that a plain patch needs."""
     return patch[1].weights[1].shape[0]
+
+
+class Trials:
+    """Which patches of one parameter can be applied.
+
+    ComfyUI leaves out those that cannot and names them in the log, each time. Here a patch is named once, and left out
+    from then on, so that it does not keep a layer from its kernels.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, bool]] = {}  # id of a patch's value: (the value, whether it can be applied)
+
+    def usable(self, patches: list[Patch], key: str, shape: tuple[int, ...]) -> list[Patch]:
+        """``patches`` of a parameter of ``shape`` without those that are known not to fit; forgets all others."""
+        if not patches:
+            self._known.clear()
+            return patches
+        self._known = {id(p[1]): self._known[id(p[1])] for p in patches if id(p[1]) in self._known}
+        for patch in patches:
+            value = patch[1]
+            if id(value) not in self._known and isinstance(value, LoRAAdapter) and len(shape) == 2:
+                # Found out here, so that the first pass has the same numbers as all later ones.
+                up, down, _, mid, _, reshape = value.weights
+                found, expected = (up.shape[0], down[0].numel()), _patched_shape(patch, shape)
+                if mid is None and reshape is None and found[0] * found[1] != expected[0] * expected[1]:
+                    log.error("ERROR lora %s: it is for a weight of %d x %d, not %d x %d", key, *found, *expected)
+                    self._known[id(value)] = value, False
+        return [patch for patch in patches if self._known.get(id(patch[1]), (None, True))[1]]
+
+    def apply(self, patches: Sequence[Patch], weight: Tensor, key: str, **options: Any) -> Tensor:
+        """``weight``, which may be changed in place, with ``patches`` by ComfyUI's own arithmetic."""
+        for patch in patches:
+            value = patch[1]
+            if id(value) in self._known:
+                weight = comfy.lora.calculate_weight([patch], weight, key, **options)
+                continue
+            with _complaints(key) as complaints:
+                weight = comfy.lora.calculate_weight([patch], weight, key, **options)
+            self._known[id(value)] = value, not complaints
+        return weight
+
+
+@contextlib.contextmanager
+def _complaints(key: str) -> Iterator[list[str]]:
+    """What this thread logs about ``key`` as a warning or an error."""
+    messages, thread = [], threading.get_ident()
+
+    def listen(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING and record.thread == thread and key in record.getMessage():
+            messages.append(record.getMessage())
+        return True
+
+    root = logging.getLogger()
+    root.addFilter(listen)
+    try:
+        yield messages
+    finally:
+        root.removeFilter(listen)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.lora
 import comfy.ops
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
@@ -111,6 +110,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self.weight_comfy_model_dtype = dtype
         self.bias_comfy_model_dtype = dtype
         self.slots = {"weight": PatchSlots(), "bias": PatchSlots()}
+        self._trials = {name: lora.Trials() for name in self.slots}
         self._functions = {name: _Functions(self, name) for name in self.slots}
         self._columns: lora.Columns | None = None
         self._extended: tuple[lora.Columns, list[tuple[Tensor, Tensor]]] | None = None
@@ -220,15 +220,19 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     # ---- patches
 
+    def _patches(self, name: str) -> list[lora.Patch]:
+        """The patches on ``name`` that can be applied."""
+        shape = (self.out_features, self.in_features) if name == "weight" else (self.out_features,)
+        return self._trials[name].usable(self.slots[name].active(), self.slots[name].key, shape)
+
     def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
-        patches = self.slots["weight"].active()
-        plain = [patch for patch in patches if lora.is_plain(patch) and patch[0] != 0.0]
-        rest = [patch for patch in patches if not lora.is_plain(patch)]
+        patches, shape = self._patches("weight"), (self.out_features, self.in_features)
+        rest = [patch for patch in patches if not lora.is_plain(patch, shape)]
+        plain = [patch for patch in patches if patch[0] != 0.0]
         if rest:
             # Their order among plain LoRAs can matter (a merge scales what came before): core does all of them.
             plain, rest = [], patches
         if plain:
-            shape = (self.out_features, self.in_features)
             self._columns = lora.build_columns(plain, shape, x.device, x.dtype, self._columns)
         else:
             self._columns = None
@@ -265,15 +269,17 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def plain(self, dtype: torch.dtype) -> bool:
         """Whether fused kernels can take this linear with activations of ``dtype``: SVDQuant, no patches but plain
-        LoRAs, no functions of other packs."""
+        LoRAs, no functions of other packs, and nobody in the place of ``forward`` (ComfyUI's bypass LoRA)."""
         if not is_quantized(self.weight) or self.weight._layout_cls != SVDQInt4Layout.__name__:
             return False
-        patches = self.slots["weight"].active()
+        patches, shape = self._patches("weight"), (self.out_features, self.in_features)
         return (
             self.weight._params.scale.dtype == dtype
             and not any(self._functions.values())
-            and not self.slots["bias"].active()
-            and all(lora.is_plain(patch) for patch in patches)
+            and getattr(self.forward, "__func__", None) is QuantizedLinear.forward
+            and not (self._forward_hooks or self._forward_pre_hooks)
+            and not self._patches("bias")
+            and all(lora.is_plain(patch, shape) for patch in patches)
             and (not patches or self._has_room(sum(lora.rank_of(patch) for patch in patches)))
         )
 
@@ -303,7 +309,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns, rest = self._split_patches(x)
         # A bias that is not owned has its patches applied already, by core.
-        bias_patches = self.slots["bias"].active() if self.owns("bias") else []
+        bias_patches = self._patches("bias") if self.owns("bias") else []
         y = None
         svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
@@ -343,13 +349,21 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         if quantized is not weight:
             dense = weight.to(x.dtype)
         if rest:
-            dense = comfy.lora.calculate_weight(rest, dense, self.slots["weight"].key, intermediate_dtype=dense.dtype)
+            dense = self._patched("weight", rest, dense, intermediate_dtype=dense.dtype)
         if shift is not None:
             shift = shift.to(x.device)
             bias = shift if bias is None else bias.float() + shift
         if bias_patches:
-            bias = comfy.lora.calculate_weight(bias_patches, bias, self.slots["bias"].key)
+            bias = self._patched("bias", bias_patches, bias)
         return dense, bias
+
+    def _patched(self, name: str, patches: list[lora.Patch], value: Tensor, **options: Any) -> Tensor:
+        """The dense parameter ``name`` with patches; ``value`` may be changed in place."""
+        key = self.slots[name].key
+        if any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
+            # Such a patch is another model's parameter: the patch is its distance to this one.
+            options["original_weights"] = {key: [(value.clone(),)]}
+        return self._trials[name].apply(patches, value, key, **options)
 
 
 def _inner_tensor(suffix: str) -> property:

@@ -7,6 +7,7 @@ that would do that to a quantized weight; everything else is inherited. Line num
 from __future__ import annotations
 
 import collections
+import logging
 from typing import Any
 
 import comfy.model_management
@@ -16,6 +17,8 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from .ops import PatchSlots, QuantizedLinear, is_quantized
+
+log = logging.getLogger(__name__)
 
 _CALLBACK_KEY = "svdq_flux"
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
@@ -37,6 +40,9 @@ class _SaveMixin:
     """ModelSave: quantized weights are written as they are."""
 
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict:
+        left_out = sum(slots_of(self.model, key) is not None for key in self.patches)
+        if left_out:
+            log.warning("SVDQ FLUX: LoRAs and merges on %d quantized layers are not in the saved model", left_out)
         # Core would wrap each inner tensor into a lazily cast Parameter, which integer tensors cannot be (322). It
         # skips modules that count as patched already.
         marked = [m for m in quantized_modules(self.model) if not getattr(m, "comfy_patched_weights", False)]

@@ -84,4 +84,6 @@ def comfy() -> types.ModuleType:
     import comfy.sd
     import comfy.utils
 
+    # The models of tests are so small that two threads wait for each other longer than they compute.
+    torch.set_num_threads(1)
     return sys.modules["comfy"]

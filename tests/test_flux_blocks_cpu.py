@@ -159,6 +159,34 @@ def test_what_looks_inside_gets_the_stock_blocks(models, path: Path, patch: str)
     assert seen and not layers.products
 
 
+@pytest.mark.parametrize("name", ["img_attn.norm.query_norm", "img_mlp", "txt_mod", "img_attn.proj"])
+def test_what_is_hooked_to_a_part_or_put_in_its_place_is_called(models, path: Path, name: str) -> None:
+    fused, _, layers = models
+    arguments, seen = inputs(open_checkpoint(path), batch=1), []
+    block = fused.model.diffusion_model.double_blocks[0]
+    expected = run(fused, arguments)
+    products, part = layers.products, block.get_submodule(name)
+    handle = part.register_forward_hook(lambda *arguments: seen.append(1))
+    assert relative(run(fused, arguments), expected) < LIMIT
+    handle.remove()
+    assert seen
+    assert layers.products < 2 * products
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments):
+            seen.append(2)
+            return self.inner(*arguments)
+
+    parent = block.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], Wrapped(part))
+    assert relative(run(fused, arguments), expected) < LIMIT
+    assert 2 in seen
+
+
 def test_patches_between_blocks_see_what_they_would(models, path: Path) -> None:
     """patches_replace gets and returns the same tensors as with stock blocks."""
     fused, stock, _ = models

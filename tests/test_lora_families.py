@@ -1,0 +1,203 @@
+"""What stays, goes and is said when LoRAs are added, changed, shared, removed, or do not fit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import compatibility_env
+import pytest
+import torch
+from compatibility_env import LIMIT, sample
+from flux_models import relative
+from lora_files import FAMILIES, LAYERS, NAMINGS, drawer, logged, lora_file, named_lora, with_lora
+
+pytestmark = pytest.mark.comfy
+
+env, float32 = compatibility_env.env, compatibility_env.float32  # fixtures
+
+KINDS = ("LoRA", "DoRA", "LoHa", "LoKr", "GLoRA", "OFT", "BOFT", "full difference", "set", "bias difference")
+
+
+def kind(env: SimpleNamespace, name: str, **options) -> dict[str, torch.Tensor]:
+    return lora_file(env, FAMILIES[name], **options)
+
+
+def test_two_branches_of_one_graph_with_different_loras(env: SimpleNamespace) -> None:
+    """Two branches of one graph with different LoRAs, in turns: each gives its own bits, and the base model its own."""
+    base = env.pair("dev")[0]
+    first, second = with_lora(base, kind(env, "LoRA")), with_lora(base, kind(env, "LoHa", seed=5), -0.6)
+    both = with_lora(first, kind(env, "LoKr", seed=6))
+    expected = [sample(model, env) for model in (first, second, both)]
+    for _ in range(2):
+        assert torch.equal(sample(second, env), expected[1])
+        assert torch.equal(sample(base, env), env.plain("dev"))
+        assert torch.equal(sample(first, env), expected[0])
+        assert torch.equal(sample(both, env), expected[2])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_removing_restores_every_bit(name: str, env: SimpleNamespace) -> None:
+    """Adding and removing a LoRA of every kind, also on 16-bit layers: every bit is as before."""
+    import comfy.model_management as management
+
+    base = env.pair("dev")[0]
+    layers = (*LAYERS, "img_in", "final_layer.linear")
+    patched = with_lora(base, kind(env, name, layers=layers))
+    once = sample(patched, env)
+    assert not torch.equal(once, env.plain("dev"))
+    assert torch.equal(sample(base, env), env.plain("dev"))
+    assert torch.equal(sample(patched, env), once)
+    management.unload_all_models()
+    assert torch.equal(sample(base, env), env.plain("dev"))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoHa", "set"])
+def test_another_strength_needs_no_fresh_model(name: str, env: SimpleNamespace) -> None:
+    """Another strength gives the bits of a fresh model with that strength; 0 gives those of none."""
+    base, lora = env.pair("dev")[0], kind(env, name)
+    strong = sample(with_lora(base, lora, 0.9), env)
+    weak = sample(with_lora(base, lora, 0.3), env)
+    assert torch.equal(sample(with_lora(base, dict(lora), 0.9), env), strong)
+    if name != "set":  # which has no strength, as in ComfyUI
+        assert relative(weak, strong) > 1e-3
+        assert torch.equal(sample(with_lora(base, lora, 0.0), env), env.plain("dev"))
+
+
+def test_order_does_not_matter(env: SimpleNamespace) -> None:
+    """The order of LoRAs that add something does not matter."""
+    base, latents = env.pair("dev")[0], []
+    files = [kind(env, "LoRA", seed=3), kind(env, "LoHa", seed=4), kind(env, "LoRA", seed=5, layers=LAYERS[1:3])]
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        model = base
+        for i in order:
+            model = with_lora(model, files[i], 0.5)
+        latents.append(sample(model, env))
+    assert max(relative(latent, latents[0]) for latent in latents) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoKr"])
+def test_the_same_lora_twice(name: str, env: SimpleNamespace) -> None:
+    """The same LoRA twice at half the strength is that LoRA once; with both signs it is none."""
+    base, lora = env.pair("dev")[0], kind(env, name)
+    twice = with_lora(with_lora(base, lora, 0.4), lora, 0.4)
+    assert relative(sample(twice, env), sample(with_lora(base, lora, 0.8), env)) <= LIMIT
+    opposite = with_lora(with_lora(base, lora, 0.8), lora, -0.8)
+    assert relative(sample(opposite, env), env.plain("dev")) <= LIMIT
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_as_many_keys_as_a_dense_model(naming: str, env: SimpleNamespace) -> None:
+    """Every naming reaches the same layers as in a dense model."""
+    quantized, dense = (with_lora(model, named_lora(naming)) for model in env.pair("dev"))
+    assert {key: len(patches) for key, patches in quantized.patches.items()} == {
+        key: len(patches) for key, patches in dense.patches.items()
+    }
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_partly_loaded_model(share: float, env: SimpleNamespace) -> None:
+    """A partly loaded model has the same LoRAs as a completely loaded one."""
+    import comfy.model_management as management
+
+    model = env.pair("dev")[0]
+    for name in ("LoRA", "LoHa", "GLoRA"):  # no biases: those that are not resident are not rounded to 16 bits
+        model = with_lora(model, kind(env, name), 0.3)
+    expected = sample(model, env)
+    management.unload_all_models()
+    with pytest.MonkeyPatch.context() as patch:
+        load = type(model).load
+        budget = {"lowvram_model_memory": int(model.model_size() * share), "full_load": False}
+        patch.setattr(type(model), "load", lambda self, device, **options: load(self, device, **(options | budget)))
+        actual = sample(model, env)
+        assert 0 < model.loaded_size() < model.model_size()
+    management.unload_all_models()
+    assert torch.equal(sample(env.pair("dev")[0], env), env.plain("dev"))
+    assert relative(actual, expected) <= LIMIT
+
+
+# ---- what does not fit
+
+WRONG = {
+    "LoRA": lambda draw, n, k: {"lora_down.weight": draw(4, k + 64), "lora_up.weight": draw(n, 4)},
+    "LoRA, as many values in another shape": lambda draw, n, k: {
+        "lora_down.weight": draw(4, k // 2, scale=k**-0.5), "lora_up.weight": draw(n * 2, 4, scale=0.2),
+    },
+    "DoRA": lambda draw, n, k: {
+        "lora_down.weight": draw(4, k), "lora_up.weight": draw(n, 4), "dora_scale": draw(n + 1, 1),
+    },
+    "LoHa": lambda draw, n, k: {f"hada_w{i}_{x}": draw(*s) for i in "12" for x, s in (("a", (n, 4)), ("b", (4, 9)))},
+    "LoKr": lambda draw, n, k: {"lokr_w1": draw(4, 4), "lokr_w2": draw(5, 5)},
+    "OFT": lambda draw, n, k: {"oft_blocks": draw(3, 5, 5), "alpha": torch.tensor(0.5)},
+    "full difference": lambda draw, n, k: {"diff": draw(n, k + 1)},
+    "bias difference": lambda draw, n, k: {"diff_b": draw(n + 1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_patch_that_does_not_fit_is_named_once(name: str, env: SimpleNamespace) -> None:
+    """A patch that does not fit is named in the log once, as in ComfyUI, and changes nothing; all others work."""
+    layer = "double_blocks.1.txt_mlp.2"  # with unsigned activations: its bias is ours to patch, too
+    latents, complaints = [], []
+    for model in env.pair("dev"):
+        right = with_lora(model, kind(env, "LoRA"))
+        with logged() as messages:
+            wrong = with_lora(right, lora_file(env, WRONG[name], layers=[layer]))
+            latents.append(sample(wrong, env, steps=3))
+        complaints.append([message for message in messages if layer in message])
+        other = sample(right, env, steps=3)
+        if "as many values" not in name:
+            assert relative(latents[-1], other) <= LIMIT
+    assert [len(messages) for messages in complaints] == ([0, 0] if "as many values" in name else [1, 1])
+    assert relative(*latents) <= LIMIT
+    if complaints[0]:
+        assert complaints[0][0].split()[:2] == complaints[1][0].split()[:2]
+
+
+def test_a_patch_that_does_not_fit_is_named_again_when_it_comes_back(env: SimpleNamespace) -> None:
+    """A patch that does not fit is named again when it comes back after a run without it."""
+    base = env.pair("dev")[0]
+    wrong = with_lora(base, lora_file(env, WRONG["LoRA"], layers=LAYERS[:1]))
+    with logged() as messages:
+        for model in (wrong, wrong, base, wrong):
+            assert torch.equal(sample(model, env), env.plain("dev"))
+    assert len([message for message in messages if LAYERS[0] in message]) == 2
+
+
+def test_keys_that_no_layer_has_are_named_once(env: SimpleNamespace) -> None:
+    """Keys that no layer has are named once; the rest of the file works."""
+    lora = lora_file(env) | {"lora_unet_double_blocks_99_img_attn_qkv.lora_up.weight": drawer(1)(768, 4)}
+    with logged() as messages:
+        latent = sample(with_lora(env.pair("dev")[0], lora), env)
+    # ComfyUI may also collect models of other tests here, and say so.
+    messages = [message for message in messages if "lora" in message.lower()]
+    assert len(messages) == 1 and "99" in messages[0], messages
+    assert torch.equal(latent, sample(with_lora(env.pair("dev")[0], lora_file(env)), env))
+
+
+def test_a_layer_with_a_patch_that_does_not_fit_keeps_its_columns(env: SimpleNamespace) -> None:
+    """A patch that does not fit does not keep a layer from the fast path."""
+    base = env.pair("dev")[0]
+    model = with_lora(with_lora(base, kind(env, "LoRA")), lora_file(env, WRONG["full difference"]))
+    sample(model, env)
+    layer = base.model.diffusion_model.double_blocks[0].img_attn.qkv
+    columns, rest = layer._split_patches(torch.zeros(1, 256))
+    assert columns.down.shape == (8, 256) and rest == []
+
+
+def test_a_replaced_forward_keeps_a_layer_out_of_fused_blocks(env: SimpleNamespace) -> None:
+    """A layer whose forward somebody replaced (a bypass LoRA) or hooked is not fused."""
+    import comfy.sd
+
+    base = env.pair("dev")[0]
+    sample(base, env)
+    layer = base.model.diffusion_model.double_blocks[0].img_attn.qkv
+    assert layer.plain(torch.bfloat16)
+    bypassed, _ = comfy.sd.load_bypass_lora_for_models(base, None, lora_file(env), 0.8, 0)
+    bypassed.inject_model()
+    assert not layer.plain(torch.bfloat16)
+    bypassed.eject_model()
+    assert layer.plain(torch.bfloat16)
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert not layer.plain(torch.bfloat16)
+    handle.remove()
+    assert layer.plain(torch.bfloat16)
