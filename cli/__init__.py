@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "show GPU, driver, torch, ComfyUI and the backend that would be used, with a remedy per problem",
     "inspect": "say what is in a checkpoint and how it would run here",
     "dequantize": "write the effective 16-bit or float32 weights under ComfyUI's FLUX names",
+    "quantize": "make an INT4 checkpoint from a 16-bit FLUX.1 model (can be interrupted and gone on with)",
     "synth": "write a valid checkpoint with random weights, for tests and benchmarks",
     "bench": "print figures of the kernels (--static: for GPUs that are not in this machine)",
 }

@@ -90,7 +90,7 @@ def synth(
     config = flux_config(variant, scale)
     specs = tensor_specs(config, rank, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
     maker = WeightMaker(config, specs, seed, STYLES[scale])
-    metadata = _metadata(variant, config, rank)
+    metadata = file_metadata(variant, config, rank)
     with (_single_file if container == "single" else _legacy_folder)(path, specs, metadata, force) as write:
         _make_all(maker, write, progress)
     files = [path] if path.is_file() else path.iterdir()
@@ -171,7 +171,7 @@ def _legacy_folder(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _metadata(variant: str, config: FluxConfig, rank: int) -> dict[str, str]:
+def file_metadata(variant: str, config: FluxConfig, rank: int) -> dict[str, str]:
     """The four strings of a merged file. ``rank`` stands in quantization_config as the current merge tool writes it;
     the published r32 files are older and do not have it."""
     diffusers = {

@@ -68,7 +68,7 @@ def test_same_seed_same_bytes(dev: Path, tmp_path: Path) -> None:
 def test_full_size_is_that_of_the_published_files(variant: str, published: int) -> None:
     config = flux_config(variant, "full")
     specs = tensor_specs(config, 32, torch.bfloat16)
-    header = write._header(specs, synth_command._metadata(variant, config, 32))[0]
+    header = write._header(specs, synth_command.file_metadata(variant, config, 32))[0]
     assert len(specs) == 2604
     assert abs(len(header) + sum(spec.nbytes for spec in specs.values()) - published) < 200, "but for the metadata"
 

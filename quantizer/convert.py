@@ -1,0 +1,213 @@
+"""One unit of a FLUX.1 model at a time from 16-bit weights to the tensors of an SVDQuant INT4 checkpoint.
+
+A unit is what has to be quantized together: the layers that share their smoothing factors, as the original toolkit has
+them (qkv and fc1 of a single block, the two attention outputs of a double block), else one layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import layout
+from ..kernels.int4 import GROUP, W4A4
+from ..loaders import flux_names
+from ..loaders.flux_names import AWQSource, PlainSource, Source, W4A4Source
+from ..loaders.nunchaku import tensor_table
+from ..loaders.safetensors_file import problem
+from ..loaders.weights import FluxConfig
+from ..loaders.write import Spec
+from . import measure, solve
+from .solve import Recipe
+from .source import DenseModel
+
+PLAIN_UNIT = "16-bit layers"
+_INTEGERS = {"I8": torch.int8, "I32": torch.int32}
+
+Facts = dict[str, object]
+"""What the report says about one stored layer."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Stock layer name -> stored layer(s), of the layers that are quantized together."""
+
+    name: str
+    layers: dict[str, Source]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stored W4A4 layer as a section of a stock layer: rows and columns of its weight, and which bias it carries."""
+
+    stored: str
+    stock: str
+    rows: slice
+    columns: slice
+    unsigned: bool
+    has_bias: bool
+
+
+def layers_of(config: FluxConfig) -> dict[str, Source]:
+    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+
+
+def units_of(config: FluxConfig) -> list[Unit]:
+    """All units in model order; the layers that stay in 16 bits are one, the first."""
+    layers = layers_of(config)
+    grouped: dict[str, dict[str, Source]] = {PLAIN_UNIT: {}}
+    for name, source in layers.items():
+        unit = PLAIN_UNIT if isinstance(source, PlainSource) else name
+        # The two attention outputs of a double block share one smoothing vector.
+        unit = unit.replace(".img_attn.proj", ".attn.proj").replace(".txt_attn.proj", ".attn.proj")
+        grouped.setdefault(unit, {})[name] = source
+    return [Unit(name, members) for name, members in grouped.items()]
+
+
+def specs_of(config: FluxConfig, rank: int, dtype: torch.dtype) -> dict[str, Spec]:
+    """Stored name -> dtype and shape of every tensor of the checkpoint."""
+    specs = {}
+    for name, (dtypes, shape) in tensor_table(config, layers_of(config)).items():
+        free = rank if name.endswith((".lora_down", ".lora_up")) else config.hidden_size // GROUP
+        specs[name] = Spec(_INTEGERS.get(dtypes[0], dtype), tuple(free if size is None else size for size in shape))
+    return specs
+
+
+def stored_names(unit: Unit, specs: dict[str, Spec]) -> list[str]:
+    """Names of the tensors that a unit makes."""
+    modules = set()
+    for source in unit.layers.values():
+        modules.update(source.parts if isinstance(source, W4A4Source) else (source.name,))
+    return [name for name in specs if name.rpartition(".")[0] in modules]
+
+
+def convert(
+    model: DenseModel, unit: Unit, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, Tensor], list[Facts]]:
+    """(stored name -> tensor, facts for the report) of one unit.
+
+    Raises CheckpointError for weights that are not finite, or too large for the type of the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    facts: list[Facts] = []
+    if unit.name == PLAIN_UNIT:
+        for stock, source in unit.layers.items():
+            tensors |= _plain(model, stock, source, recipe.dtype)
+    elif isinstance(next(iter(unit.layers.values())), AWQSource):
+        ((stock, source),) = unit.layers.items()
+        tensors, facts = _awq(model, stock, source, recipe, device)
+    else:
+        for stored, found, fact in _w4a4(model, unit, recipe, device):
+            tensors |= {f"{stored}.{leaf}": tensor for leaf, tensor in found.items()}
+            facts.append(fact)
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_floating_point and not tensor.isfinite().all():
+            _too_large(model, name, recipe.dtype)
+    return tensors, facts
+
+
+def _too_large(model: DenseModel, name: str, dtype: torch.dtype) -> None:
+    found = f"a value beyond the range of {dtype}".replace("torch.", "")
+    raise problem(model.path, name, found, "weights that fit", "Choose --dtype bf16, or another source")
+
+
+def _plain(model: DenseModel, stock: str, source: PlainSource, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for leaf in ("weight", "bias") if source.has_bias else ("weight",):
+        tensor = model.tensor(f"{stock}.{leaf}")
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if source.swap_halves else tensor
+        tensors[f"{source.name}.{leaf}"] = tensor.to(dtype)
+    return tensors
+
+
+def _awq(
+    model: DenseModel, stock: str, source: AWQSource, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, Tensor], list[Facts]]:
+    started = time.monotonic()
+    weight = model.tensor(f"{stock}.weight").to(device)
+    bias = model.tensor(f"{stock}.bias").float().reshape(source.splits, -1).clone()
+    bias[1::3] += 1.0  # the scale chunks: 1 and 4 of six, 1 of three
+    quantized = solve.quantize_awq(weight, recipe.dtype)
+    packed = quantized.pack(source.splits)
+    leaves = {
+        "qweight": packed.qweight,
+        "wscales": packed.wscales,
+        "wzeros": packed.wzeros,
+        "bias": layout.interleave_rows(bias.reshape(-1), source.splits).to(recipe.dtype),
+    }
+    facts = measure.awq_quality(weight, quantized, source.name)
+    fact = _facts(source.name, stock, "w4a16", weight.shape, leaves, facts, started)
+    return {f"{source.name}.{leaf}": tensor for leaf, tensor in leaves.items()}, [fact]
+
+
+def _w4a4(
+    model: DenseModel, unit: Unit, recipe: Recipe, device: torch.device
+) -> Iterator[tuple[str, dict[str, Tensor], Facts]]:
+    """(stored layer, leaf -> tensor, facts)."""
+    weights = {stock: model.tensor(f"{stock}.weight").to(device) for stock in unit.layers}
+    parts = [part for stock, source in unit.layers.items() for part in _parts(stock, source, weights[stock].shape)]
+    for part in parts:
+        started = time.monotonic()
+        # Parts of a unit that read the same input columns share the smoothing.
+        sharing = [weights[other.stock][other.rows, other.columns] for other in parts if other.columns == part.columns]
+        smooth = solve.smooth_factor(solve.channel_span(sharing), dtype=recipe.dtype)
+        weight = weights[part.stock][part.rows, part.columns].float()
+        try:
+            quantized = solve.quantize_w4a4(weight, smooth, recipe, part.unsigned)
+        except solve.OutOfRange:
+            _too_large(model, f"{part.stock}.weight", recipe.dtype)
+        bias = model.tensor(f"{part.stock}.bias")[part.rows].to(device)
+        bias = bias if part.has_bias else torch.zeros_like(bias)
+        leaves = _leaves(quantized, solve.shifted_bias(quantized, bias).to(recipe.dtype))
+        facts = measure.w4a4_quality(weight, quantized, part.stored)
+        yield part.stored, leaves, _facts(part.stored, part.stock, "w4a4", weight.shape, leaves, facts, started)
+
+
+def _leaves(quantized: W4A4, bias: Tensor) -> dict[str, Tensor]:
+    packed = quantized.pack()
+    return {
+        "qweight": packed.qweight,
+        "wscales": packed.wscales,
+        "smooth": packed.smooth_factor,
+        "smooth_orig": packed.smooth_factor,
+        "bias": layout.pack_vector(bias),
+        "lora_down": packed.proj_down,
+        "lora_up": packed.proj_up,
+    }
+
+
+def _parts(stock: str, source: W4A4Source, shape: torch.Size) -> Iterator[_Part]:
+    """``linear1`` has rows of qkv and fc1, ``linear2`` columns of the attention output and fc2, which has the bias."""
+    n, k = shape
+    row = column = 0
+    for index, (stored, unsigned) in enumerate(zip(source.parts, source.unsigned, strict=True)):
+        last = index == len(source.parts) - 1
+        if len(source.parts) == 1:
+            row_end, column_end = n, k
+        elif source.axis == 0:
+            row_end, column_end = (n if last else 3 * k), k
+        else:
+            row_end, column_end = n, (k if last else n)
+        yield _Part(stored, stock, slice(row, row_end), slice(column, column_end), unsigned, last or source.axis == 0)
+        if source.axis == 0:
+            row = row_end
+        else:
+            column = column_end
+
+
+def _facts(
+    stored: str,
+    stock: str,
+    kind: str,
+    shape: torch.Size,
+    leaves: dict[str, Tensor],
+    quality: dict[str, float | None],
+    started: float,
+) -> Facts:
+    facts: Facts = {"name": stored, "layer": stock, "kind": kind, "shape": list(shape)}
+    nbytes = sum(tensor.nbytes for tensor in leaves.values())
+    return facts | quality | {"bytes": nbytes, "seconds": round(time.monotonic() - started, 2)}
