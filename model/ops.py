@@ -8,8 +8,10 @@ requantizing the weight, or replace it by a dense one, and take a stored bias fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,12 +70,20 @@ class _Functions(list):
 
     def __init__(self, module: QuantizedLinear, name: str, functions: Any = ()):
         super().__init__()
-        self._module, self._name = module, name
+        # Weak, or weights would keep their memory until the garbage collector comes.
+        self._module, self._name = weakref.ref(module), name
         self.extend(functions)
 
+    def __deepcopy__(self, memo: dict) -> _Functions:
+        module = self._module()
+        copied = _Functions(memo.get(id(module), module), self._name)
+        list.extend(copied, (copy.deepcopy(function, memo) for function in self))
+        return copied
+
     def append(self, function: Any) -> None:
-        if getattr(function, "is_lowvram_patch", False) and self._module.owns(self._name):
-            self._module.slots[self._name].partial = function
+        module = self._module()
+        if getattr(function, "is_lowvram_patch", False) and module.owns(self._name):
+            module.slots[self._name].partial = function
         else:
             super().append(function)
 

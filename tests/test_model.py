@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,27 @@ def test_a_second_load_gives_the_same_bits(golden: Path, arguments, load) -> Non
 
 
 # ---- what ComfyUI sees
+
+
+def test_a_dropped_model_is_gone_at_once(comfy, golden: Path) -> None:
+    """Its weights must not keep their memory until the garbage collector comes."""
+    import gc
+    import weakref
+
+    from svdq.model import load_flux
+
+    gc.collect()
+    gc.disable()
+    try:
+        patcher = load_flux(str(golden / TINY))
+        alive = [weakref.ref(module) for module in (patcher.model, *patcher.model.modules())]
+        first, second = patcher.model.diffusion_model.double_blocks[0].img_mlp[::2]
+        copied = copy.deepcopy(first._functions["weight"], {id(first): second})
+        assert copied._module() is second
+        del patcher, first, second, copied
+        assert not [module() for module in alive if module() is not None]
+    finally:
+        gc.enable()
 
 
 def test_stock_names_and_shapes(tiny) -> None:
