@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import io
 import json
@@ -725,10 +726,21 @@ def test_node_without_equivalent_says_so_and_can_be_bypassed(editor: Editor) -> 
     click_when_free(editor, "[data-testid=error-overlay-see-errors]")
     editor.wait(lambda: editor.find("[aria-label^='Info for No Equivalent']"), "the errors by node")
     closed = "[aria-label^='Info for No Equivalent'][aria-expanded=false]"
-    for _ in named:
-        click_when_free(editor, closed)
-    panel = editor.find("[data-testid=properties-panel]")
-    editor.wait(lambda: all(f"{node} has no equivalent: use" in panel.text for node in named), "what to use instead")
+
+    def all_read() -> bool:
+        """Opens one more entry at a time; a click that comes too soon closes one, and it is opened again."""
+        from selenium.common.exceptions import ElementClickInterceptedException
+
+        panel = editor.find("[data-testid=properties-panel]")
+        if all(f"{node} has no equivalent: use" in panel.text for node in named):
+            return True
+        button = editor.find(closed)
+        if button:
+            with contextlib.suppress(ElementClickInterceptedException):
+                button.click()
+        return False
+
+    editor.wait(all_read, "what to use instead")
 
     editor.js("for (const n of window.app.graph._nodes) if (n.type === 'SVDQNunchakuNoEquivalent') n.mode = 4")
     click_when_free(editor, "[data-testid=queue-button]")
