@@ -6,27 +6,20 @@ memory, and the largest kernels. Measured in torch.inference_mode(), as ComfyUI 
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import statistics
 import sys
 import time
-import types
 from collections import defaultdict
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TOKENS = 512
-faulthandler.dump_traceback_later(70, exit=True)
+from full_size import TOKENS, register_package
 
 
 def main(comfyui: str, path: str, sizes: list[int]) -> None:
     sys.path.insert(0, comfyui)
     sys.argv = ["main.py", "--disable-dynamic-vram"]
-    package = types.ModuleType("svdq")
-    package.__path__ = [str(ROOT)]
-    sys.modules["svdq"] = package
+    register_package()
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -60,25 +53,21 @@ def main(comfyui: str, path: str, sizes: list[int]) -> None:
         for _ in range(2):
             step(patcher, values)
         torch.cuda.reset_peak_memory_stats()
-        walls, gpus = [], []
+        walls, issues = [], []
         for _ in range(count):
             torch.cuda.synchronize()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start = time.perf_counter()
-            begin.record()
             out = step(patcher, values)
-            end.record()
-            issued = time.perf_counter() - start
+            issues.append(time.perf_counter() - start)
             torch.cuda.synchronize()
             walls.append(time.perf_counter() - start)
-            gpus.append((begin.elapsed_time(end), issued * 1e3))
         row = {
             "name": name,
             "size": size,
             "batch": batch,
             "wall_ms": round(statistics.median(walls) * 1e3, 2),
             "spread_ms": round((max(walls) - min(walls)) * 1e3, 2),
-            "issue_ms": round(statistics.median(issued for _, issued in gpus), 2),
+            "issue_ms": round(statistics.median(issues) * 1e3, 2),
             "first_s": round(first, 2),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }

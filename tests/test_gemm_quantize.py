@@ -6,22 +6,15 @@ import pytest
 import torch
 from checks import assert_codes_close, relative_error
 from test_gemm_int4 import DEVICE, exact, on_gpu, problem
+from test_quantize import random_layer
 
 from svdq.kernels import act_layout, reference, tiles
 from svdq.kernels.int4 import W4A4
 
 
 def following(k: int, rank: int, dtype: torch.dtype) -> W4A4:
-    """The next layer, of which only the input side is used."""
-    g = torch.Generator().manual_seed(k + rank)
-    return W4A4(
-        q=torch.zeros(128, k, dtype=torch.int8),
-        wscales=torch.ones(128, k // 64, dtype=dtype),
-        smooth_factor=torch.randn(k, generator=g).mul_(0.3).exp_().to(dtype),
-        proj_down=(torch.randn(rank, k, generator=g) * k**-0.5).to(dtype),
-        proj_up=torch.zeros(128, rank, dtype=dtype),
-        act_unsigned=True,
-    )
+    """The next layer."""
+    return random_layer(k, rank, dtype, unsigned=True)
 
 
 def run(operands, after: W4A4, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
