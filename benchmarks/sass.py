@@ -136,12 +136,7 @@ def gemm_int4_figures(
         "T": types[dtype],
         "OUT": types[out],
         "EPILOGUE": KINDS.index(after),
-        "M16": tile.m16_per_warp,
-        "N8": tile.n8_per_warp,
-        "WARPS_M": tile.warps_m,
-        "WARPS_N": tile.warps_n,
-        "STAGES": tile.stages,
-        "GROUP_M": tile.group_m,
+        **tile.constants,
     }
     return compile_for(gemm_w4a4_kernel, pointers | sizes, constants, arch, tile.warps, {*pointers, *aligned})
 
@@ -212,12 +207,7 @@ def gemm_gelu_quantize_figures(tile, arch: str, dtype: str = "bf16") -> Figures:
     constants = {
         "ACT_UNSIGNED": False,
         "T": {"bf16": 0, "fp16": 1}[dtype],
-        "M16": tile.m16_per_warp,
-        "N8": tile.n8_per_warp,
-        "WARPS_M": tile.warps_m,
-        "WARPS_N": tile.warps_n,
-        "STAGES": tile.stages,
-        "GROUP_M": tile.group_m,
+        **tile.constants,
     }
     aligned = {*pointers, "N", "K", "R", "NEXT_R"}
     return compile_for(gemm_gelu_quantize_kernel, pointers | sizes, constants, arch, tile.warps, aligned)

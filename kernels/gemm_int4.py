@@ -122,12 +122,7 @@ def gemm_w4a4(
             T=TYPES[dtype],
             OUT=TYPES[out_dtype],
             EPILOGUE=KINDS.index(after.name),
-            M16=tile.m16_per_warp,
-            N8=tile.n8_per_warp,
-            WARPS_M=tile.warps_m,
-            WARPS_N=tile.warps_n,
-            STAGES=tile.stages,
-            GROUP_M=tile.group_m,
+            **tile.constants,
             num_warps=tile.warps,
         )
     return out

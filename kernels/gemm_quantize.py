@@ -222,12 +222,7 @@ def gemm_gelu_quantize(
             rounds,
             ACT_UNSIGNED=weight.act_unsigned,
             T=TYPES[dtype],
-            M16=tile.m16_per_warp,
-            N8=tile.n8_per_warp,
-            WARPS_M=tile.warps_m,
-            WARPS_N=tile.warps_n,
-            STAGES=tile.stages,
-            GROUP_M=tile.group_m,
+            **tile.constants,
             num_warps=tile.warps,
         )
         if chunks > 1 and rank:

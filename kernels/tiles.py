@@ -46,6 +46,18 @@ class Tile:
         return self.block_n // 8 // self.warps_n
 
     @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' compile-time arguments that say how a block is cut."""
+        return {
+            "M16": self.m16_per_warp,
+            "N8": self.n8_per_warp,
+            "WARPS_M": self.warps_m,
+            "WARPS_N": self.warps_n,
+            "STAGES": self.stages,
+            "GROUP_M": self.group_m,
+        }
+
+    @property
     def accumulators(self) -> int:
         """float32 accumulator registers of one thread."""
         return self.m16_per_warp * self.n8_per_warp * 4
