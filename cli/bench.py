@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import ROOT, UserError
-from .demo import _write_atomically
+from .demo import write_atomically
 
 _STATIC = ("gpu", "op", "m", "n", "k", "rank", "tile", "instructions_per_mma", "registers", "spill_bytes",
            "epilogue_instructions", "predicted_us", "predicted_tops", "limit")  # fmt: skip
@@ -77,7 +77,7 @@ def _save(rows: list[dict]) -> Path:
     path = ROOT / "benchmarks" / "results" / f"kernels-{name}-{today}.json"
     path.parent.mkdir(exist_ok=True)
     result = {"gpu": rows[0]["gpu"], "date": today, "torch": torch.__version__, "rows": rows}
-    _write_atomically(path, json.dumps(result, indent=1).encode())
+    write_atomically(path, json.dumps(result, indent=1).encode())
     return path
 
 

@@ -227,7 +227,7 @@ def _run_comfyui(args: argparse.Namespace, job: Job, base: Path, clock: Clock) -
                 progress.status.clear()
             picture = server.client.image(**images_of(entry)[0])
             clock.lap("VAE and PNG")
-            _write_atomically(args.output, picture)
+            write_atomically(args.output, picture)
             print(f"\nPicture    {args.output.absolute()}")
             print(f"Model      {job.model_path}")
             print(f"           {_loaded(server.log_text())}")
@@ -326,7 +326,7 @@ def _loaded(log: str) -> str:
     return lines[-1].partition(_LOG_LINE)[2] if lines else ""
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_bytes(content)
