@@ -30,6 +30,7 @@ Byte order: ``layout.py``. Packed classes hold the bytes as the file has them; `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -108,6 +109,11 @@ class PackedW4A4:
             proj_up=self.proj_up[start:stop],
             act_unsigned=self.act_unsigned,
         )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedW4A4:
+        """The same weight with function(tensor) in the place of every tensor."""
+        tensors = (self.qweight, self.wscales, self.smooth_factor, self.proj_down, self.proj_up)
+        return PackedW4A4(*map(function, tensors), act_unsigned=self.act_unsigned)
 
     def unpack(self) -> W4A4:
         """The same weight in natural order (copies)."""

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..kernels import Backend
 from ..kernels.int4 import PackedW4A4
 from .graphs import BlockGraphs
-from .ops import QuantizedLinear
+from .ops import QuantizedLinear, resident
 
 HEAD = 128
 _STOCK_ATTENTION = comfy.ldm.flux.math.attention  # other packs put their own in its place
@@ -53,6 +53,60 @@ class Rotary:
             self._rows = torch.stack((pe[:, 0, :, :, 1, 0], pe[:, 0, :, :, 0, 0]), dim=-1).float().contiguous()
             self._pe = weakref.ref(pe)
         return self._rows
+
+
+class _Weights:
+    """The weights of a block on the device of x.
+
+    Those that are there are held while ``stack`` is open. Core brings the others one at a time, so that each is there
+    only while it is used.
+    """
+
+    def __init__(self, block: _Fused, x: Tensor, stack: contextlib.ExitStack):
+        comfy.ops.run_every_op()
+        self._x = x
+        self._linears: dict[str, QuantizedLinear] = {name: block.get_submodule(name) for name in block.linears}
+        self._held: dict[str, tuple[tuple[PackedW4A4, ...], Tensor | None]] = {}
+        for name, linear in self._linears.items():
+            there = stack.enter_context(resident(linear, x.device))
+            if there is not None:
+                self._held[name] = (linear.parts(there[0], x), there[1])
+        self.norms: dict[str, Tensor] = {}
+        self.resident = len(self._held) == len(self._linears)
+        for name in block.norms:
+            norm = block.get_submodule(name)
+            there = stack.enter_context(resident(norm, x.device))
+            if there is not None and there[0].dtype == x.dtype:
+                self.norms[name] = there[0]
+            else:
+                self.resident = False
+                weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+                self.norms[name] = weight.clone()
+                comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+
+    @contextlib.contextmanager
+    def use(self, name: str, copied: bool = False) -> Iterator[tuple[tuple[PackedW4A4, ...], Tensor | None]]:
+        """(parts, bias) of a linear. copied: they stay while others are brought."""
+        if name in self._held:
+            yield self._held[name]
+            return
+        linear = self._linears[name]
+        with linear.on_device(self._x) as (weight, bias):
+            parts = linear.parts(weight, self._x)
+            if not copied:
+                yield parts, bias
+                return
+            parts = tuple(part.map(Tensor.clone) for part in parts)
+            bias = None if bias is None else bias.clone()
+        yield parts, bias
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything is that :meth:`use` gives, all of it being resident."""
+        found = [norm.data_ptr() for norm in self.norms.values()]
+        for parts, bias in self._held.values():
+            found += [pointer for p in parts for pointer in (p.qweight.data_ptr(), p.proj_down.data_ptr())]
+            found.append(0 if bias is None else bias.data_ptr())
+        return tuple(found)
 
 
 class _Fused:
@@ -101,39 +155,24 @@ class _Fused:
 
     def _run(self, modulations: tuple[Tensor, ...], streams: tuple[Tensor, ...], pe: Tensor, mask: Tensor | None,
              transformer_options: dict) -> tuple[Tensor, ...]:  # fmt: skip
-        """The block on ``streams``, in place; all weights are on the device for as long as it runs."""
-        rotary = self.rotary.rows(pe)
+        """The block on ``streams``, in place."""
+        tensors = (*streams, self.rotary.rows(pe), *modulations)
+        stock = torch_attention(transformer_options)
+        if stock:
+            attend = partial(attend_exactly, mask=mask)
+        else:
+            attend = partial(attend_as_asked, mask=mask, options=transformer_options)
         with contextlib.ExitStack() as stack:
-            weights: dict[str, Any] = {}
-            for name in self.linears:
-                linear = self.get_submodule(name)
-                weight, bias = stack.enter_context(linear.on_device(streams[0]))
-                weights[name] = (linear.parts(weight, streams[0]), bias)
-            for name in self.norms:
-                weights[name] = stack.enter_context(weights_of(self.get_submodule(name), streams[0]))
-            stock = torch_attention(transformer_options)
-
-            if stock:
-                attend = partial(attend_exactly, mask=mask)
-            else:
-                attend = partial(attend_as_asked, mask=mask, options=transformer_options)
+            weights = _Weights(self, streams[0], stack)
 
             def compute(*tensors: Tensor) -> None:
                 inputs, rows = tensors[: len(streams)], tensors[len(streams)]
                 self._compute(weights, inputs, tensors[len(streams) + 1 :], rows, attend)
 
-            tensors = (*streams, rotary, *modulations)
-            # Weights that dynamic VRAM pages in and out: graphs have not been tried with them.
-            paged = hasattr(self.get_submodule(self.linears[0]), "_v")
-            if mask is not None or not stock or paged:
+            if mask is not None or not stock or not weights.resident:
                 compute(*tensors)
                 return streams
-            addresses = [weights[name].data_ptr() for name in self.norms]
-            for name in self.linears:
-                parts, bias = weights[name]
-                addresses += [pointer for p in parts for pointer in (p.qweight.data_ptr(), p.proj_down.data_ptr())]
-                addresses.append(0 if bias is None else bias.data_ptr())
-            return self.graphs.run(self, tuple(addresses), compute, tensors, len(streams))
+            return self.graphs.run(self, weights.addresses(), compute, tensors, len(streams))
 
     def _project_qkv(
         self,
@@ -189,23 +228,22 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
             ("img", img, modulations[0].chunk(6, dim=1), n_txt, length),
         )
         for name, x, mod, start, stop in parts:
-            (part,), bias = weights[f"{name}_attn.qkv"]
-            norms = (weights[f"{name}_attn.norm.query_norm"], weights[f"{name}_attn.norm.key_norm"])
+            norms = (weights.norms[f"{name}_attn.norm.query_norm"], weights.norms[f"{name}_attn.norm.key_norm"])
             modulation = self.layers.modulation(shift=mod[0], scale=mod[1])
-            self._project_qkv(x, part, bias, modulation, norms, rotary[:, start:stop], qkv[:, start:stop])
+            with weights.use(f"{name}_attn.qkv") as ((part,), bias):
+                self._project_qkv(x, part, bias, modulation, norms, rotary[:, start:stop], qkv[:, start:stop])
         attention = attend(qkv.view(batch, length, 3, -1, HEAD))
         del qkv
         for name, x, mod, start, stop in parts:
             rows = x.view(-1, hidden)
-            (part,), bias = weights[f"{name}_attn.proj"]
-            y = self.layers.quantize(attention[:, start:stop].reshape(-1, hidden), part)
-            self.layers.multiply(y, part, bias, self._gate(mod[2], rows), out=rows)
-            (fc1,), bias1 = weights[f"{name}_mlp.0"]
-            (fc2,), bias2 = weights[f"{name}_mlp.2"]
+            with weights.use(f"{name}_attn.proj") as ((part,), bias):
+                y = self.layers.quantize(attention[:, start:stop].reshape(-1, hidden), part)
+                self.layers.multiply(y, part, bias, self._gate(mod[2], rows), out=rows)
             modulation = self.layers.modulation(shift=mod[3].contiguous(), scale=mod[4].contiguous())
-            y = self.layers.quantize(rows, fc1, modulation)
-            y = self.layers.gelu_input(y, fc1, bias1, fc2)
-            self.layers.multiply(y, fc2, bias2, self._gate(mod[5], rows), out=rows)
+            fc1, fc2 = weights.use(f"{name}_mlp.0", copied=True), weights.use(f"{name}_mlp.2")
+            with fc1 as ((part1,), bias1), fc2 as ((part2,), bias2):
+                y = self.layers.gelu_input(self.layers.quantize(rows, part1, modulation), part1, bias1, part2)
+                self.layers.multiply(y, part2, bias2, self._gate(mod[5], rows), out=rows)
 
 
 class FusedSingleBlock(_Fused, SingleStreamBlock):
@@ -231,17 +269,18 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
         shift, scale, gate = modulations[0].chunk(3, dim=1)
         modulation = self.layers.modulation(shift=shift.contiguous(), scale=scale.contiguous())
         rows = x.view(-1, hidden)
-        (qkv_part, fc1), bias1 = weights["linear1"]
-        (attn_out, fc2), bias2 = weights["linear2"]
-        qkv_bias, fc1_bias = (None, None) if bias1 is None else (bias1[: qkv_part.n], bias1[qkv_part.n :])
         qkv = x.new_empty(batch, length, 3 * hidden)
-        norms = (weights["norm.query_norm"], weights["norm.key_norm"])
-        self._project_qkv(x, qkv_part, qkv_bias, modulation, norms, rotary, qkv)
-        mlp = self.layers.gelu_input(self.layers.quantize(rows, fc1, modulation), fc1, fc1_bias, fc2)
-        attention = attend(qkv.view(batch, length, 3, -1, HEAD))
-        del qkv
-        head = self.layers.quantize(attention.reshape(-1, hidden), attn_out)
-        self.layers.multiply_sum(head, attn_out, mlp, fc2, bias2, self._gate(gate, rows), out=rows)
+        norms = (weights.norms["norm.query_norm"], weights.norms["norm.key_norm"])
+        with weights.use("linear1", copied=True) as ((part, fc1), bias):
+            part_bias, fc1_bias = (None, None) if bias is None else (bias[: part.n], bias[part.n :])
+            self._project_qkv(x, part, part_bias, modulation, norms, rotary, qkv)
+            y = self.layers.quantize(rows, fc1, modulation)
+            with weights.use("linear2") as ((attn_out, fc2), bias2):
+                y = self.layers.gelu_input(y, fc1, fc1_bias, fc2)
+                attention = attend(qkv.view(batch, length, 3, -1, HEAD))
+                del qkv
+                head = self.layers.quantize(attention.reshape(-1, hidden), attn_out)
+                self.layers.multiply_sum(head, attn_out, y, fc2, bias2, self._gate(gate, rows), out=rows)
 
 
 def torch_attention(transformer_options: dict) -> bool:
@@ -271,16 +310,6 @@ def attend_as_asked(qkv: Tensor, mask: Tensor | None, options: dict) -> Tensor:
     return comfy.ldm.flux.math.optimized_attention(
         q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options
     )
-
-
-@contextlib.contextmanager
-def weights_of(norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The weight of a stock RMSNorm on x's device, with its patches, in x's type."""
-    weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
-    try:
-        yield weight
-    finally:
-        comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
 
 
 def release_graphs(flux: nn.Module) -> None:

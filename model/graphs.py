@@ -117,6 +117,11 @@ class BlockGraphs:
         current.wait_stream(stream)
         return graph
 
+    def count(self) -> int:
+        """Graphs that there are."""
+        graphs = (graph for shapes in self._shapes.values() for _, graph in shapes.graphs.values())
+        return sum(graph is not None and graph is not _UNFIT for graph in graphs)
+
     def clear(self) -> None:
         """Give up all graphs and their memory."""
         self._shapes.clear()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.ops
+import comfy_aimdo.model_vbar
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor, nn
@@ -32,6 +33,35 @@ _QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
 def is_quantized(weight: Any) -> bool:
     """Whether a weight is one of this pack's quantized tensors."""
     return isinstance(weight, QuantizedTensor) and weight._layout_cls in _QUANTIZED
+
+
+@contextlib.contextmanager
+def resident(module: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None] | None]:
+    """(weight, bias) of one of core's modules if they are on ``device`` and stay there, not moved for as long as the
+    context lasts. None if core has to bring or to change them.
+
+    Core brings weights through buffers of which there are one or two: what ``cast_bias_weight`` returned for one module
+    is overwritten by the next but one, at the latest. Only resident weights can be held beside each other.
+    """
+    slots = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+    if any(getattr(module, slot, None) for slot in slots):
+        yield None
+    elif module.weight.device == device:
+        bias = module.bias
+        yield (module.weight, bias) if bias is None or bias.device == device else None
+    elif hasattr(module, "_v") and device.type != "cpu":
+        # Dynamic VRAM: a fault pins the module's place and tells whether the values in it are still those of last time.
+        signature = comfy_aimdo.model_vbar.vbar_fault(module._v)
+        if signature is None:
+            yield None
+            return
+        try:
+            loaded = comfy_aimdo.model_vbar.vbar_signature_compare(signature, module._v_signature)
+            yield (module._v_weight, module._v_bias) if loaded else None
+        finally:
+            comfy_aimdo.model_vbar.vbar_unpin(module._v)
+    else:
+        yield None
 
 
 @dataclass
@@ -260,10 +290,10 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def on_device(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(weight, bias) where x is, for as long as the context lasts; core moves and frees them."""
         comfy.ops.run_every_op()
-        there = self.weight.device == x.device and (self.bias is None or self.bias.device == x.device)
-        if there and not any(self._functions.values()):  # what core would find out in ten times as long
-            yield self.weight, self.bias
-            return
+        with resident(self, x.device) as there:  # what core would find out in ten times as long
+            if there is not None:
+                yield there
+                return
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self,
             input=None,

@@ -67,6 +67,11 @@ def report(checkpoint_path: str, lora_path: str) -> dict:
         "allocated": torch.cuda.memory_allocated() - before if on_gpu else 0,
         "plain": plain,
     }
+    flux = patcher.model.diffusion_model
+    blocks = [block for block in (*flux.double_blocks, *flux.single_blocks) if hasattr(block, "graphs")]
+    if blocks:
+        assert torch.equal(forward(patcher, arguments), plain)
+        result |= {"blocks": len(blocks), "graphs": blocks[0].graphs.count()}
     lora = comfy.utils.load_torch_file(lora_path)
     patched = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0)[0]
     result["lora"] = forward(patched, arguments)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 env, float32 = compatibility_env.env, compatibility_env.float32  # fixtures
 
-BF16_LIMIT = 2e-2
+BF16_LIMIT = 1.25
 
 
 def test_the_page_lists_the_cases() -> None:
@@ -25,13 +25,16 @@ def test_the_page_lists_the_cases() -> None:
 
 
 @pytest.mark.gpu
-def test_same_latent_in_bf16(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A LoRA on both models in the file's type."""
+def test_bf16_is_as_near_to_float32_as_the_twin(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA on both models in the file's type. Core rounds the sum of weight and LoRA to it, we the product of each;
+    after a few steps of sampling both have gone their own ways, the same distance from the float32 result."""
     import test_compatibility_lora  # noqa: F401  (puts its cases on the list)
     from comfy import model_management
 
+    case, path = CASES["LoraLoaderModelOnly: LoRA"], env.folder / "dev.safetensors"
+    exact = case.run(load_pair(path, torch.float32)[1], env)
     monkeypatch.setattr(model_management, "FORCE_FP32", False)
     monkeypatch.setattr(model_management, "LORA_COMPUTE_DTYPES", {})
-    quantized, dense = load_pair(env.folder / "dev.safetensors", torch.bfloat16)
-    case = CASES["LoraLoaderModelOnly: LoRA"]
-    assert relative(case.run(quantized, env), case.run(dense, env)) <= BF16_LIMIT
+    ours, twin = (relative(case.run(model, env), exact) for model in load_pair(path, torch.bfloat16))
+    print(f"{ours:.4f} from float32, the twin {twin:.4f}")
+    assert 0 < ours <= BF16_LIMIT * twin

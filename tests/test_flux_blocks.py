@@ -91,7 +91,7 @@ def test_graphs_change_no_bit(backend: str, path: Path, load) -> None:
     for name, arguments in (("small", small), ("small", small), ("small", small), ("other", other), ("large", large),
                             ("small", small), ("large", large), ("large", large)):  # fmt: skip
         assert torch.equal(forward_once(patcher, arguments), plain[name]), name
-    assert captured(graphs) > 0
+    assert graphs.count() > 0
     management.unload_all_models()
     assert not graphs._shapes, "graphs must not outlive the weights on the GPU"
     management.load_models_gpu([patcher])
@@ -139,11 +139,6 @@ def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
     x, timestep = values.pop("x"), values.pop("timestep")
     with torch.inference_mode():
         return patcher.model.diffusion_model(x, timestep, **values, **more).float().cpu()
-
-
-def captured(graphs) -> int:
-    """Blocks that have a graph."""
-    return sum(graph is not None for shapes in graphs._shapes.values() for _, graph in shapes.graphs.values())
 
 
 def test_loras_of_a_rank_beyond_the_kernels_are_applied_beside_them(path: Path, load) -> None:

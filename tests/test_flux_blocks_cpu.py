@@ -107,6 +107,38 @@ def test_fused_blocks_are_the_stock_ones(models, path: Path, size: int, tokens: 
     assert layers.products > 0
 
 
+def test_weights_that_core_brings_are_used_before_the_next_ones_come(models, path: Path, monkeypatch) -> None:
+    """Core brings offloaded weights through buffers that it writes over: here, each time, all that came before."""
+    import contextlib
+
+    import comfy.ops
+
+    from svdq.model import flux, ops
+
+    fused, stock, layers = models
+    arguments = inputs(open_checkpoint(path))
+    expected = forward(stock, arguments)
+    forward(fused, arguments)
+    products, brought = layers.products, []
+
+    def bring(module, *args, **options):
+        while brought:
+            for tensor in brought.pop():
+                tensor.fill_(-1 if tensor.dtype.is_floating_point else 0)
+        weight, bias, stream = cast(module, *args, **options)
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+        inner = list(weight.state_dict("").values()) if ops.is_quantized(weight) else [weight]
+        brought.append([*inner, *([] if bias is None else [bias])])
+        return weight, bias, stream
+
+    cast = comfy.ops.cast_bias_weight
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", bring)
+    for module in (flux, ops):
+        monkeypatch.setattr(module, "resident", lambda module, device: contextlib.nullcontext())
+    assert relative(forward(fused, arguments, load=False), expected) < LIMIT
+    assert layers.products == 2 * products and brought
+
+
 def test_loras_are_in_the_low_rank_branch(models, path: Path, tmp_path: Path) -> None:
     import comfy.sd
     import comfy.utils

@@ -39,7 +39,8 @@ def test_linear(axis: int, dtype: torch.dtype, m: int) -> None:
     """One part, and two side by side: qkv and fc1 of one input, or attention output and fc2 summed.
 
     The yardstick is the INT4 quantization itself, whose error is step / sqrt(12). Kernels and PyTorch may round 0.1 %
-    of the codes to different sides, a step apart: sqrt(12 * 0.1 %) = 11 % of that error, and there is output rounding.
+    of the codes, and of a few codes three, to different sides, a step apart: sqrt(12 * 0.1 %) = 11 % of that error,
+    and there is output rounding.
     """
     from svdq.kernels.layers import INT4
 
@@ -65,7 +66,7 @@ def test_linear(axis: int, dtype: torch.dtype, m: int) -> None:
         exact = x[:, : dense.shape[1]].double() @ dense.double().t() + (0 if shift is None else shift.double())
         exact = exact if b is None else exact + b.double()
         error = relative_error(expected, exact)
-        assert relative_error(y, expected) <= 0.15 * error
+        assert relative_error(y, expected) <= (0.04 + (12 * (1e-3 + 3 / x.numel())) ** 0.5) * error
         if m > 1000:  # enough rows for the differences to cancel out
             assert relative_error(y, exact) <= 1.03 * error
         assert torch.equal(y, INT4.linear_parts_w4a4(x, chosen, axis, b)), "two runs differ"

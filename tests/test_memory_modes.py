@@ -108,11 +108,17 @@ def test_gpu_mode(mode: str, run_mode) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["int4", ""], ids=["int4", "auto"])
 @pytest.mark.parametrize("mode", GPU_MODES)
-def test_gpu_mode_with_int4_kernels(mode: str, run_mode) -> None:
+def test_gpu_mode_with_kernels(mode: str, precision: str, run_mode) -> None:
     """The same with weights that kernels read where ComfyUI has put them."""
-    result = run_mode(mode, "int4")
+    result = run_mode(mode, precision)
     check(result)
     for key in ("plain", "lora"):
-        assert torch.equal(result[key], run_mode("static", "int4")[key]), f"{key}: {mode} differs from static"
+        assert torch.equal(result[key], run_mode("static", precision)[key]), f"{key}: {mode} differs from static"
     assert 1e-3 < relative(result["plain"], run_mode("static")["plain"]) < 0.2  # activations are quantized
+    assert result["blocks"] > 0
+    if mode in ("dynamic", "static", "highvram"):
+        assert result["graphs"] == result["blocks"], "weights that stay in place run as CUDA graphs"
+    if mode == "novram":
+        assert result["graphs"] == 0
