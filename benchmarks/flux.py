@@ -1,13 +1,23 @@
-"""One FLUX step inside ComfyUI, ours beside 16-bit weights: `python benchmarks/flux.py COMFYUI FILE [size ...]`.
+"""One FLUX step inside ComfyUI, ours and other ways beside it: what ``python3 . bench flux`` runs, as one process.
 
-FILE is a full-size checkpoint (`python3 . synth OUT --scale full`). Prints wall and GPU time of a step (medians),
-memory, and the largest kernels. Measured in torch.inference_mode(), as ComfyUI runs.
+    python benchmarks/flux.py COMFYUI FILE [--sizes 1024,512] [--batch 1] [--peers bf16,ours] [-- ComfyUI's options]
+
+FILE is an SVDQuant checkpoint. Prints one line "ROW {json}" for each peer and size. Measured in torch.inference_mode(),
+as ComfyUI runs; times are medians.
+
+A row: wall_ms (the step, waited for; spread_ms from fastest to slowest) · host_ms (until Python has started all of it)
+· gpu_ms (sum of its kernels) · kernels · product_ms and so on (by kind of kernel) · longest (name, ms, count) ·
+weights_gib, peak_gib (allocated) · load_s (open and move to the GPU) · first_s (first step at this size) · distance
+(from bf16, relative) · same_bits (of all steps) · failed (why there is no row).
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib.util
 import json
-import os
+import re
 import statistics
 import sys
 import time
@@ -15,110 +25,182 @@ from collections import defaultdict
 
 from full_size import TOKENS, register_package
 
+STEPS = 10
+PARTS = (  # kind, kernels whose names match; the first that does
+    ("attention", r"attention|sdpa|fmha|flash"),
+    ("product", r"gemm|gemv|nvjet|cutlass|xmma|matmul|linear|splitKreduce"),
+    ("quantize", r"quantize|act_quant"),
+    ("expand", r"expand|dequant"),
+)
 
-def main(comfyui: str, path: str, sizes: list[int]) -> None:
-    sys.path.insert(0, comfyui)
-    sys.argv = ["main.py", "--disable-dynamic-vram"]
+
+def main(args: argparse.Namespace, options: list[str]) -> None:
+    sys.path.insert(0, args.comfyui)
+    sys.argv = ["main.py", *options]
     register_package()
+    start_comfyui()
+    from flux_peers import PEERS
+
+    reference: dict[int, object] = {}
+    for name in args.peers.split(","):
+        try:
+            rows = measure_peer(PEERS[name], args, reference, keep=name == "bf16")
+        except Exception as error:  # another peer's failure is a row
+            rows = [{"failed": f"{type(error).__name__}: {error}".split("\n")[0][:300]}]
+        for row in rows:
+            print("ROW " + json.dumps({"peer": name, "label": PEERS[name].label, **row}), flush=True)
+
+
+def start_comfyui() -> None:
+    """The order of imports and calls of ComfyUI's main.py, where dynamic VRAM has to be set up before torch."""
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import comfy_aimdo.control
+    from comfy.cli_args import enables_dynamic_vram
+
+    if enables_dynamic_vram():
+        comfy_aimdo.control.init()
+    import comfy.memory_management
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    if enables_dynamic_vram() and comfy_aimdo.control.init_devices(
+        device.index for device in management.get_all_torch_devices()
+    ):
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
+
+
+def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) -> list[dict]:
+    """Its rows; reference: outputs by size to compare with, which ``keep`` fills."""
     import comfy.model_management as management
     import torch
+    from flux_peers import become, without_low_rank
 
     from svdq.model import load_flux
-    from svdq.model.ops import QuantizedLinear, is_quantized
 
-    def arguments(size: int, batch: int = 1) -> dict:
-        generator = torch.Generator().manual_seed(size)
-        values = {
-            "x": torch.randn(batch, 16, size // 8, size // 8, generator=generator),
-            "timestep": torch.full((batch,), 0.7),
-            "context": torch.randn(batch, TOKENS, 4096, generator=generator),
-            "y": torch.randn(batch, 768, generator=generator),
-            "guidance": torch.full((batch,), 3.5),
-        }
-        return {k: v.to("cuda", torch.float32 if k == "timestep" else torch.bfloat16) for k, v in values.items()}
-
-    def step(patcher, values) -> torch.Tensor:
-        with torch.inference_mode():
-            return patcher.model.diffusion_model(**values)
-
-    def measure(name: str, patcher, size: int, batch: int = 1, count: int = 10) -> tuple[dict, torch.Tensor]:
-        values = arguments(size, batch)
-        start = time.perf_counter()
-        step(patcher, values)
-        torch.cuda.synchronize()
-        first = time.perf_counter() - start
-        for _ in range(2):
-            step(patcher, values)
-        torch.cuda.reset_peak_memory_stats()
-        walls, issues = [], []
-        for _ in range(count):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            out = step(patcher, values)
-            issues.append(time.perf_counter() - start)
-            torch.cuda.synchronize()
-            walls.append(time.perf_counter() - start)
-        row = {
-            "name": name,
-            "size": size,
-            "batch": batch,
-            "wall_ms": round(statistics.median(walls) * 1e3, 2),
-            "spread_ms": round((max(walls) - min(walls)) * 1e3, 2),
-            "issue_ms": round(statistics.median(issues) * 1e3, 2),
-            "first_s": round(first, 2),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        }
-        kernels = profile(patcher, values)
-        row["kernel_ms"] = round(sum(ms for ms, _ in kernels.values()), 2)
-        row["kernels"] = sum(count for _, count in kernels.values())
-        print(json.dumps(row), flush=True)
-        for kernel, (ms, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:14]:
-            print(f"    {ms:8.2f} ms {count:5d} x  {kernel[:110]}", flush=True)
-        return row, out
-
-    def profile(patcher, values) -> dict[str, tuple[float, int]]:
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as run:
-            step(patcher, values)
-            torch.cuda.synchronize()
-        kernels: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-        for event in run.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                ms, count = kernels[event.name]
-                kernels[event.name] = (ms + event.device_time / 1e3, count + 1)
-        return kernels
-
-    outs = {}
-    for name, forced in (("int8", None), ("16bit", "16bit")):
-        os.environ.pop("SVDQ_BACKEND", None)
-        if forced:
-            os.environ["SVDQ_BACKEND"] = forced
-        start = time.perf_counter()
-        patcher = load_flux(path)
-        management.load_models_gpu([patcher])
-        torch.cuda.synchronize()
-        print(f"{name}: load {time.perf_counter() - start:.2f} s, {torch.cuda.memory_allocated() / 2**30:.2f} GiB")
-        if name == "16bit":
-            # The dense twin: every quantized weight replaced by its dequantized one, on the GPU.
-            for module in patcher.model.modules():
-                if isinstance(module, QuantizedLinear) and is_quantized(module.weight):
-                    with torch.inference_mode():
-                        dense, bias = module._dense(module.weight.new_empty(0), module.weight, module.bias, [], [])
-                    bias = None if bias is None else torch.nn.Parameter(bias.to(dense.dtype), requires_grad=False)
-                    module.weight, module.bias = torch.nn.Parameter(dense, requires_grad=False), bias
-            name = "bf16"
-        for size in sizes:
-            _, outs[name, size] = measure(name, patcher, size)
+    if peer.needs and importlib.util.find_spec(peer.needs) is None:
+        raise RuntimeError(f"{peer.needs} is not installed")
+    before, start = allocated(), time.perf_counter()
+    patcher = load_flux(args.file, "auto" if peer.linear is None else "16bit")
+    management.load_models_gpu([patcher])
+    synchronize()
+    load_s = time.perf_counter() - start
+    rows = []
+    try:
+        options = become(peer, patcher.model.diffusion_model)
+        weights = (allocated() - before) / 2**30
+        for size in map(int, args.sizes.split(",")):
+            with without_low_rank(peer), torch.inference_mode():
+                row, out = measure(patcher, size, args.batch, options)
+            if keep:
+                reference[size] = out
+            elif size in reference and not peer.rank0:
+                row["distance"] = round(((out - reference[size]).norm() / reference[size].norm()).item(), 4)
+            rows.append({"weights_gib": round(weights, 2), "load_s": round(load_s, 2), **row})
+    finally:
         management.unload_all_models()
         del patcher
-        torch.cuda.empty_cache()
-    for size in sizes:
-        ours, dense = outs["int8", size].double(), outs["bf16", size].double()
-        print(f"{size}: distance int8 - bf16 {((ours - dense).norm() / dense.norm()).item():.4f}")
+        gc.collect()
+        management.soft_empty_cache()
+        if peer.compiled:
+            torch._dynamo.reset()
+    return rows
+
+
+def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object]:
+    """(row, output float32 on the CPU) of one size."""
+    import torch
+
+    generator = torch.Generator().manual_seed(size)
+    flux, device, dtype = patcher.model.diffusion_model, patcher.load_device, patcher.model.get_dtype_inference()
+    values = {
+        "x": torch.randn(batch, 16, size // 8, size // 8, generator=generator),
+        "context": torch.randn(batch, TOKENS, flux.params.context_in_dim, generator=generator),
+        "y": torch.randn(batch, flux.params.vec_in_dim, generator=generator),
+        "guidance": torch.full((batch,), 3.5),
+    }
+    values = {name: value.to(device, dtype) for name, value in values.items()}
+    values["timestep"] = torch.full((batch,), 0.7, device=device)
+
+    def step() -> tuple[float, float, object]:
+        """(seconds until Python is through, seconds until the GPU is, output)."""
+        synchronize()
+        start = time.perf_counter()
+        out = flux(**values, transformer_options=dict(options))
+        host = time.perf_counter() - start
+        synchronize()
+        return host, time.perf_counter() - start, out
+
+    first = step()[1]
+    for _ in range(3):  # a block starts as a graph from its third call on
+        step()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    count = STEPS if first < 5 else 1
+    hosts, walls, outs = zip(*(step() for _ in range(count)), strict=True)
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    row = {
+        "size": size,
+        "batch": batch,
+        "wall_ms": round(statistics.median(walls) * 1e3, 2),
+        "spread_ms": round((max(walls) - min(walls)) * 1e3, 2),
+        "host_ms": round(statistics.median(hosts) * 1e3, 2),
+        "peak_gib": round(peak / 2**30, 2),
+        "first_s": round(first, 2),
+        "same_bits": sum(torch.equal(out, outs[-1]) for out in outs) == count,
+    }
+    if cuda:
+        row |= profile(step)
+    return row, outs[-1].float().cpu()
+
+
+def profile(step) -> dict:
+    """gpu_ms, kernels, parts and the longest kernels of one step."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        step()
+    found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for event in run.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            ms, count = found[event.name]
+            found[event.name] = (ms + event.device_time / 1e3, count + 1)
+    parts: dict[str, float] = defaultdict(float)
+    for name, (ms, _) in found.items():
+        parts[next((kind for kind, names in PARTS if re.search(names, name, re.IGNORECASE)), "other")] += ms
+    longest = sorted(found.items(), key=lambda item: -item[1][0])[:12]
+    return {
+        "gpu_ms": round(sum(ms for ms, _ in found.values()), 2),
+        "kernels": sum(count for _, count in found.values()),
+        **{f"{kind}_ms": round(parts[kind], 2) for kind in (*(kind for kind, _ in PARTS), "other")},
+        "longest": [[name[:90], round(ms, 2), count] for name, (ms, count) in longest],
+    }
+
+
+def allocated() -> int:
+    """Bytes that torch has given out on the GPU."""
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(size) for size in sys.argv[3:]] or [1024])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("file")
+    parser.add_argument("--sizes", default="1024")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--peers", default="bf16,ours")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    main(parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :])

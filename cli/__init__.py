@@ -27,7 +27,7 @@ COMMANDS = {
     "dequantize": "write the effective 16-bit or float32 weights under ComfyUI's FLUX names",
     "quantize": "make an INT4 checkpoint from a 16-bit FLUX.1 model (can be interrupted and gone on with)",
     "synth": "write a valid checkpoint with random weights, for tests and benchmarks",
-    "bench": "print figures of the kernels (--static: for GPUs that are not in this machine)",
+    "bench": "print figures of the kernels (--static: for GPUs that are not in this machine) or of a whole step",
 }
 
 EXIT_USER_ERROR = 2

@@ -1,4 +1,5 @@
-"""``bench``: figures of the kernels, measured on this machine's GPU or, for others, from machine code and a model."""
+"""``bench``: figures of the kernels, measured on this machine's GPU or, for others, from machine code and a model; and
+of whole steps."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import ROOT, UserError
+from . import ROOT, UserError, bench_flux
 from .demo import write_atomically
 
 _STATIC = ("gpu", "op", "m", "n", "k", "rank", "tile", "instructions_per_mma", "registers", "spill_bytes",
@@ -23,10 +24,12 @@ _OLDEST = (8, 0)  # compute capability: bf16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench``."""
-    parser.add_argument("what", choices=("kernels",), help="kernels: INT4 GEMM with its epilogues, quantize, GEMV")
+    what = "kernels: INT4 GEMM with its epilogues, quantize, GEMV · flux: a step inside ComfyUI, beside other formats"
+    parser.add_argument("what", choices=("kernels", "flux"), help=what)
     parser.add_argument("--static", action="store_true", help="the GEMM on other GPUs, from machine code; needs no GPU")
     parser.add_argument("--json", action="store_true", help="a JSON list of rows instead of a table")
     parser.add_argument("--save", action="store_true", help="also write what was measured to benchmarks/results")
+    bench_flux.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,14 +40,27 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{sys.executable} lacks triton, which compiles the kernels; run: pip install triton")
     if args.static and args.save:
         raise UserError("--save is for measured rows; run without --static, or redirect --static --json")
+    if args.what == "flux" and args.static:
+        raise UserError("--static is for kernels; bench flux measures")
     status = StatusLine(sys.stderr)
-    rows = list(_static(status) if args.static else _measured(status))
-    status.clear()
-    print(json.dumps(rows, indent=1) if args.json else _table(rows, _STATIC if args.static else _MEASURED))
-    if not args.static and not any(row["op"].startswith("gemm") for row in rows):
+    if args.what == "flux":
+        found, columns = _flux(args, status), bench_flux.COLUMNS
+    elif args.static:
+        found, columns = _static(status), _STATIC
+    else:
+        found, columns = _measured(status), _MEASURED
+    rows: list[dict] = []
+    try:
+        for row in found:
+            rows.append(row)
+    finally:  # minutes of measuring are not lost to what comes last
+        status.clear()
+        if rows:
+            print(json.dumps(rows, indent=1) if args.json else _table(rows, columns))
+    if args.what == "kernels" and not args.static and not any(row["op"].startswith("gemm") for row in rows):
         print(f"no INT4 GEMM: there are no tiles for {rows[0]['arch']}", file=sys.stderr)
     if args.save:
-        print(f"saved {_save(rows)}", file=sys.stderr)
+        print(f"saved {_save(args.what, rows)}", file=sys.stderr)
     return 0
 
 
@@ -52,6 +68,15 @@ def _static(status) -> Iterator[dict]:
     from ..benchmarks.kernels import static_rows
 
     return static_rows(status.update)
+
+
+def _flux(args: argparse.Namespace, status) -> Iterator[dict]:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if gpu is None and args.model is None:
+        raise UserError("there is no NVIDIA GPU here for a full-size model; name a small one with --model")
+    return ({"gpu": gpu or "CPU", **row} for row in bench_flux.rows(args, status.update))
 
 
 def _measured(status) -> Iterator[dict]:
@@ -68,13 +93,13 @@ def _measured(status) -> Iterator[dict]:
     return measured_rows(this_card(), status.update)
 
 
-def _save(rows: list[dict]) -> Path:
+def _save(what: str, rows: list[dict]) -> Path:
     """Write measured rows to a file that is named after GPU and day; a second run of a day replaces the first."""
     import torch
 
     today = datetime.date.today().isoformat()
     name = re.sub(r"[^a-z0-9]+", "-", rows[0]["gpu"].lower()).strip("-")
-    path = ROOT / "benchmarks" / "results" / f"kernels-{name}-{today}.json"
+    path = ROOT / "benchmarks" / "results" / f"{what}-{name}-{today}.json"
     path.parent.mkdir(exist_ok=True)
     result = {"gpu": rows[0]["gpu"], "date": today, "torch": torch.__version__, "rows": rows}
     write_atomically(path, json.dumps(result, indent=1).encode())
@@ -82,7 +107,7 @@ def _save(rows: list[dict]) -> Path:
 
 
 def _table(rows: list[dict], columns: tuple[str, ...]) -> str:
-    cells = [columns, *(["" if row[name] is None else str(row[name]) for name in columns] for row in rows)]
+    cells = [columns, *(["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
     return "\n".join(line.rstrip() for line in lines)
