@@ -21,8 +21,8 @@ Make = Callable[[Tensor, Tensor | None], nn.Module]
 @dataclass(frozen=True)
 class Peer:
     """label: for a table · linear: returns what makes a linear of dense weight and bias, or None for our own model ·
-    compiled: whether each block goes through torch.compile · cudnn: attention by cuDNN's kernel · rank0: our model
-    without its low-rank branches, for what these cost (its output is wrong) · needs: a package."""
+    compiled: whether it goes through torch.compile, others block by block · cudnn: attention by cuDNN's kernel ·
+    rank0: our model without its low-rank branches, for what these cost (its output is wrong) · needs: a package."""
 
     label: str
     linear: Callable[[], Make] | None = None
@@ -113,6 +113,7 @@ PEERS = {
     ),
     "nf4": Peer("bitsandbytes NF4", _nf4, needs="bitsandbytes"),
     "bf16-compile": Peer("ComfyUI bf16, torch.compile", _bf16, compiled=True),
+    "ours-compile": Peer("this pack, torch.compile", compiled=True),
     "fp8-compile": Peer("ComfyUI fp8, torch.compile", _FP8, compiled=True),
 }
 
@@ -131,7 +132,9 @@ def become(peer: Peer, flux: nn.Module) -> dict[str, Any]:
                 parent, _, leaf = name.rpartition(".")
                 setattr(flux.get_submodule(parent), leaf, new)
                 module.weight = module.bias = None
-    if peer.compiled:
+    if peer.compiled and peer.linear is None:
+        flux.compile()  # the whole model, as the node TorchCompileModel does; blocks are left out
+    elif peer.compiled:
         # ComfyUI writes the block's number into the options: each block would be compiled anew.
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.register_forward_pre_hook(

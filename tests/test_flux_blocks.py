@@ -141,6 +141,24 @@ def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
         return patcher.model.diffusion_model(x, timestep, **values, **more).float().cpu()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_compile(backend: str, path: Path, load) -> None:
+    """What inductor compiles is the layers around the blocks, in another order of roundings."""
+    patcher, arguments = load(backend), inputs(open_checkpoint(path), size=16, tokens=20)
+    expected = forward(patcher, arguments)
+    flux, dense = patcher.model.diffusion_model, forward(load_dense(path), arguments)
+    torch._dynamo.reset()
+    flux.compile()
+    try:
+        for _ in range(3):
+            y = forward(patcher, arguments)
+        assert relative(y, dense) <= 1.1 * relative(expected, dense)
+        assert flux.double_blocks[0].graphs.count() == len(flux.double_blocks) + len(flux.single_blocks)
+    finally:
+        torch._dynamo.reset()
+
+
 def test_loras_of_a_rank_beyond_the_kernels_are_applied_beside_them(path: Path, load) -> None:
     import comfy.sd
 

@@ -139,6 +139,30 @@ def test_weights_that_core_brings_are_used_before_the_next_ones_come(models, pat
     assert layers.products == 2 * products and brought
 
 
+def test_torch_compile_leaves_blocks_out(models, path: Path) -> None:
+    """The whole model, as TorchCompileModel does it, but for the backend."""
+    fused, _, layers = models
+    arguments, compiled_parts = inputs(open_checkpoint(path)), []
+    expected = forward(fused, arguments)
+    products = layers.products
+
+    def backend(part, _):
+        compiled_parts.append(part)
+        return part.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.model.diffusion_model, backend=backend)
+    values = {name: value.clone() for name, value in arguments.items()}
+    x, timestep = values.pop("x"), values.pop("timestep")
+    with torch.inference_mode():
+        assert relative(compiled(x, timestep, **values).float(), expected) < LIMIT
+        parts = len(compiled_parts)
+        assert relative(compiled(x, timestep, **values).float(), expected) < LIMIT
+    assert layers.products == 3 * products
+    assert 0 < parts == len(compiled_parts), "something was compiled, and only once"
+    torch._dynamo.reset()
+
+
 def test_loras_are_in_the_low_rank_branch(models, path: Path, tmp_path: Path) -> None:
     import comfy.sd
     import comfy.utils
