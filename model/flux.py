@@ -100,11 +100,13 @@ class _Weights:
             bias = None if bias is None else bias.clone()
         yield parts, bias
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where everything is that :meth:`use` gives, all of it being resident."""
+    def places(self) -> tuple[int, ...]:
+        """What a CUDA graph of the block has recorded of its weights, all of them being resident: where they are, and
+        ranks, which LoRAs change."""
         found = [norm.data_ptr() for norm in self.norms.values()]
         for parts, bias in self._held.values():
-            found += [pointer for p in parts for pointer in (p.qweight.data_ptr(), p.proj_down.data_ptr())]
+            for part in parts:
+                found += (part.qweight.data_ptr(), part.proj_down.data_ptr(), part.proj_up.data_ptr(), part.rank)
             found.append(0 if bias is None else bias.data_ptr())
         return tuple(found)
 
@@ -176,7 +178,7 @@ class _Fused:
             if mask is not None or not stock or not weights.resident:
                 compute(*tensors)
                 return streams
-            return self.graphs.run(self, weights.addresses(), compute, tensors, len(streams))
+            return self.graphs.run(self, weights.places(), compute, tensors, len(streams))
 
     def _project_qkv(
         self,

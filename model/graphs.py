@@ -1,9 +1,9 @@
 """CUDA graphs of blocks: Python takes longer to start the 15 to 40 kernels of a block than a fast GPU to run them.
 
-A graph belongs to one block, one set of shapes and one place of the weights; when ComfyUI moves weights or the size of
-the picture changes, the block runs without a graph once and gets a new one at the next call. All graphs of a model
-share their inputs (a block works in place on the tensors that the block before it left) and the memory of their
-temporaries.
+A graph belongs to one block, one set of shapes and one place of the weights; when ComfyUI moves weights, a LoRA brings
+others or the size of the picture changes, the block runs without a graph once and gets a new one at the next call. All
+graphs of a model share their inputs (a block works in place on the tensors that the block before it left) and the
+memory of their temporaries.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 LEAST_MEMORY = 20 * 2**30  # bytes of a GPU that has room for the temporaries of graphs beside everything else
 SHAPES = 2  # sets of shapes that are kept
+PLACES = 2  # of the weights, for each block: with a LoRA and without
 _UNFIT = object()  # in place of a graph that cannot be captured
 
 
@@ -33,7 +34,7 @@ class _Shapes:
     inputs: tuple[Tensor, ...] = ()
     rotary: Any = None  # a weak reference to what was copied last
     pool: Any = None
-    graphs: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block: (addresses, graph)
+    graphs: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block: {weights: graph}
 
 
 class BlockGraphs:
@@ -46,11 +47,12 @@ class BlockGraphs:
         return BlockGraphs()
 
     def run(
-        self, block: Any, addresses: tuple, compute: Callable[..., None], tensors: tuple[Tensor, ...], streams: int
+        self, block: Any, weights: tuple, compute: Callable[..., None], tensors: tuple[Tensor, ...], streams: int
     ) -> tuple[Tensor, ...]:
         """compute(*tensors), which works in place on the first ``streams`` of them; returns those.
 
-        addresses: of everything else that compute reads. With a graph, what is returned are the graph's tensors.
+        weights: addresses of everything else that compute reads, and ranks. With a graph, what is returned are the
+        graph's tensors.
         """
         device = tensors[0].device
         if torch.cuda.is_current_stream_capturing() or not _has_room(device.index):
@@ -62,22 +64,25 @@ class BlockGraphs:
             while len(self._shapes) >= 2 * SHAPES:  # double and single blocks have different ones
                 del self._shapes[next(iter(self._shapes))]
             shapes = self._shapes[key] = _Shapes()
-        graph = shapes.graphs.get(block)
-        if graph is None or graph[0] != addresses:
+        graphs = shapes.graphs.setdefault(block, {})
+        if weights not in graphs:
+            while len(graphs) >= PLACES:
+                del graphs[next(iter(graphs))]
             # The first time compiles kernels, which a capture must not do.
-            shapes.graphs[block] = (addresses, None)
+            graphs[weights] = None
             compute(*tensors)
             return tensors[:streams]
-        if graph[1] is _UNFIT:
+        graph = graphs[weights] = graphs.pop(weights)  # the last one used comes last
+        if graph is _UNFIT:
             compute(*tensors)
             return tensors[:streams]
         statics = self._statics(shapes, tensors, streams)
-        if graph[1] is None:
-            graph = shapes.graphs[block] = (addresses, self._capture(shapes, compute, statics))
-        if graph[1] is _UNFIT:
+        if graph is None:
+            graph = graphs[weights] = self._capture(shapes, compute, statics)
+        if graph is _UNFIT:
             compute(*statics)
         else:
-            graph[1].replay()
+            graph.replay()
         return statics[:streams]
 
     def _statics(self, shapes: _Shapes, tensors: tuple[Tensor, ...], streams: int) -> tuple[Tensor, ...]:
@@ -119,8 +124,8 @@ class BlockGraphs:
 
     def count(self) -> int:
         """Graphs that there are."""
-        graphs = (graph for shapes in self._shapes.values() for _, graph in shapes.graphs.values())
-        return sum(graph is not None and graph is not _UNFIT for graph in graphs)
+        places = (graphs for shapes in self._shapes.values() for graphs in shapes.graphs.values())
+        return sum(graph is not None and graph is not _UNFIT for graphs in places for graph in graphs.values())
 
     def clear(self) -> None:
         """Give up all graphs and their memory."""

@@ -115,13 +115,27 @@ def _complaints(key: str) -> Iterator[list[str]]:
 class Columns:
     """Low-rank columns for one linear, on its device: down [R, K], up [N, R].
 
-    ``sources`` keeps alive the objects whose ids are in ``key``.
+    ``sources`` keeps alive the objects whose ids are in ``key`` · spans: (rank, offset) of each patch; its columns are
+    zero outside of offset (axis, start, length), which is None if there is none.
     """
 
     key: tuple
     down: Tensor
     up: Tensor
     sources: tuple[Any, ...]
+    spans: tuple[tuple[int, tuple[int, int, int] | None], ...]
+
+    def used(self, axis: int, start: int, stop: int) -> list[slice]:
+        """The columns that are not zero in rows (axis 0) or inputs (axis 1) from start to stop; no GPU is asked."""
+        slices, first = [], 0
+        for rank, offset in self.spans:
+            if offset is None or offset[0] != axis or (offset[1] < stop and start < offset[1] + offset[2]):
+                if slices and slices[-1].stop == first:
+                    slices[-1] = slice(slices[-1].start, first + rank)
+                else:
+                    slices.append(slice(first, first + rank))
+            first += rank
+        return slices
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """y + (x @ down^T) @ up^T; x [..., K], y [..., N]."""
@@ -151,7 +165,8 @@ def build_columns(
         downs.append(down.to(dtype))
         ups.append(up.to(dtype))
     sources = tuple(value for _, value, *_ in patches)
-    return Columns(key, torch.cat(downs, dim=0), torch.cat(ups, dim=1), sources)
+    spans = tuple((down.shape[0], patch[3]) for down, patch in zip(downs, patches, strict=True))
+    return Columns(key, torch.cat(downs, dim=0), torch.cat(ups, dim=1), sources, spans)
 
 
 def extend_parts(parts: tuple[PackedW4A4, ...], axis: int, columns: Columns) -> tuple[PackedW4A4, ...]:
@@ -161,12 +176,13 @@ def extend_parts(parts: tuple[PackedW4A4, ...], axis: int, columns: Columns) -> 
         size = part.n if axis == 0 else part.k
         down = columns.down if axis == 0 else columns.down[:, start : start + size]
         up = columns.up[start : start + size] if axis == 0 else columns.up
+        used = columns.used(axis, start, start + size)
         start += size
-        used = (up != 0).any(dim=0) & (down != 0).any(dim=1)
-        if used.any():
-            missing = -int(used.sum()) % RANK_MULTIPLE
-            down = torch.nn.functional.pad(down[used], (0, 0, 0, missing)).to(part.proj_down.dtype)
-            up = torch.nn.functional.pad(up[:, used], (0, missing)).to(part.proj_up.dtype)
+        if used:
+            down, up = torch.cat([down[s] for s in used]), torch.cat([up[:, s] for s in used], dim=1)
+            missing = -len(down) % RANK_MULTIPLE
+            down = torch.nn.functional.pad(down, (0, 0, 0, missing)).to(part.proj_down.dtype)
+            up = torch.nn.functional.pad(up, (0, missing)).to(part.proj_up.dtype)
             part = dataclasses.replace(
                 part,
                 proj_down=_beside(part.proj_down, pack_lowrank_down(down)),

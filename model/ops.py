@@ -153,7 +153,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self._trials = {name: lora.Trials() for name in self.slots}
         self._functions = {name: _Functions(self, name) for name in self.slots}
         self._columns: lora.Columns | None = None
-        self._extended: tuple[lora.Columns, list[tuple[Tensor, Tensor]]] | None = None
+        self._extended: tuple[lora.Columns, _Factors] | None = None
 
     # ---- what core sets on modules
 
@@ -339,11 +339,16 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             return parts
         if self._extended is None or self._extended[0] is not columns:
             extended = lora.extend_parts(parts, self.weight._params.axis, columns)
-            self._extended = (columns, [(part.proj_down, part.proj_up) for part in extended])
-        # Only the factors are kept: core may have moved the rest since.
+            # None: the layer's own, wherever core has put them by then.
+            factors = [
+                None if part is own else (part.proj_down, part.proj_up)
+                for part, own in zip(extended, parts, strict=True)
+            ]
+            # In the place of another strength's: CUDA graphs that read them stay right.
+            self._extended = (columns, factors if self._extended is None else _in_place(self._extended[1], factors))
         return tuple(
-            dataclasses.replace(part, proj_down=down, proj_up=up)
-            for part, (down, up) in zip(parts, self._extended[1], strict=True)
+            part if factors is None else dataclasses.replace(part, proj_down=factors[0], proj_up=factors[1])
+            for part, factors in zip(parts, self._extended[1], strict=True)
         )
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -404,6 +409,24 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             # Such a patch is another model's parameter: the patch is its distance to this one.
             options["original_weights"] = {key: [(value.clone(),)]}
         return self._trials[name].apply(patches, value, key, **options)
+
+
+_Factors = list[tuple[Tensor, Tensor] | None]
+
+
+def _in_place(old: _Factors, new: _Factors) -> _Factors:
+    """The values of ``new``, in the memory of ``old`` where they fit."""
+
+    def replaced(a: Tensor, b: Tensor) -> Tensor:
+        fits = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        if fits and (torch.is_inference_mode_enabled() or not a.is_inference()):
+            return a.copy_(b)
+        return b
+
+    return [
+        b if a is None or b is None else (replaced(a[0], b[0]), replaced(a[1], b[1]))
+        for a, b in zip(old, new, strict=True)
+    ]
 
 
 def _inner_tensor(suffix: str) -> property:

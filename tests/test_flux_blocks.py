@@ -176,6 +176,43 @@ def test_loras_of_a_rank_beyond_the_kernels_are_applied_beside_them(path: Path, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_under_loras(backend: str, path: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On, another strength, off, two at once: the bits of a model without graphs; a strength needs no new graphs."""
+    import comfy.sd
+    import comfy.utils
+    from test_memory_modes import write_lora
+
+    from svdq.model import graphs
+
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
+    lora = {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}
+    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    patcher = load(backend)
+
+    def run(*strengths: float) -> torch.Tensor:
+        patched = patcher
+        for strength in strengths:
+            patched = comfy.sd.load_lora_for_models(patched, None, lora, strength, 0)[0]
+        return forward(patched, arguments)
+
+    cases = [(0.8,), (0.3,), (), (0.8,), (0.8, -0.5), (0.3,), (), (-0.2, 0.8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "_has_room", lambda index: False)
+        expected = {strengths: run(*strengths) for strengths in set(cases)}
+    captures = []
+    capture = graphs.BlockGraphs._capture
+    monkeypatch.setattr(graphs.BlockGraphs, "_capture", lambda *a: captures.append(1) or capture(*a))
+    counts = []
+    for strengths in cases:
+        assert torch.equal(run(*strengths), expected[strengths]), strengths
+        counts.append(len(captures))
+    assert counts[0] > 0
+    assert counts[1] == counts[0], "another strength needed new graphs"
+    assert counts[2] > counts[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_loras_stay_fused(backend: str, path: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On and off again, two of them, a change of strength; beside the dense model with the same LoRAs."""
     import comfy.sd
