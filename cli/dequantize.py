@@ -87,13 +87,21 @@ def dequantize(
 
 def effective(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, bias or None) of the ordinary dense layer that ``layer`` stands for, in ``dtype``."""
-    from ..kernels import reference
-    from ..loaders.weights import AWQLinear, W4A4Linear
+    import torch
 
+    from ..kernels import reference
+    from ..loaders.weights import PlainLayer, W4A4Linear
+
+    if isinstance(layer, PlainLayer):
+        return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+    first = dtype if layer.lora is None else torch.float32
+    bias = layer.bias
     if isinstance(layer, W4A4Linear):
-        weight, shift_term = reference.dequantize_parts(layer.parts, layer.axis, dtype)
-        bias = layer.bias.float() if shift_term is None else layer.bias.float() + shift_term
-        return weight, bias.to(dtype)
-    if isinstance(layer, AWQLinear):
-        return reference.dequantize_packed_awq(layer.weight, dtype), layer.bias.to(dtype)
-    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+        weight, shift_term = reference.dequantize_parts(layer.parts, layer.axis, first)
+        bias = bias.float() if shift_term is None else bias.float() + shift_term
+    else:
+        weight = reference.dequantize_packed_awq(layer.weight, first)
+    if layer.lora is not None:
+        down, up = layer.lora
+        weight += up.float() @ down.float()
+    return weight.to(dtype), bias.to(dtype)

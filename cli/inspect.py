@@ -19,6 +19,11 @@ _KINDS = {
     "plain": "16-bit layers",
 }
 
+_FORMATS = {
+    "nunchaku": "SVDQuant, single file",
+    "nunchaku-legacy-folder": "SVDQuant, legacy folder",
+    "comfyui": "SVDQuant, saved by ComfyUI",
+}
 _TELLING = ("_name_or_path", "_class_name", "_diffusers_version", "model_class", "method", "rank")
 _SHOWN_CHARACTERS = 100
 
@@ -92,18 +97,28 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
-    from ..loaders import flux_names
+    from ..loaders import flux_names, saved
     from ..loaders.safetensors_file import read_header
 
+    def kind(source: flux_names.Source) -> str:
+        return {flux_names.W4A4Source: "w4a4", flux_names.AWQSource: "modulation"}.get(type(source), "plain")
+
     config = checkpoint.config
-    sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed).values()
-    kinds = {source.name: "modulation" for source in sources if isinstance(source, flux_names.AWQSource)}
-    kinds |= {name: "w4a4" for source in sources if isinstance(source, flux_names.W4A4Source) for name in source.parts}
+    sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    headers = [read_header(file) for file in checkpoint.files]
+    if checkpoint.format == "comfyui":
+        low_rank, prefix = saved.LOW_RANK_LEAVES, saved.saved_prefix(headers[0])
+        kinds = {name: kind(source) for name, source in sources.items()}
+    else:
+        low_rank, prefix = flux_names.LOW_RANK_LEAVES, ""
+        stored = ((getattr(source, "parts", None) or (source.name,), source) for source in sources.values())
+        kinds = {name: kind(source) for names, source in stored for name in names}
     sizes = dict.fromkeys(_KINDS, 0)
-    for file in checkpoint.files:
-        for key, info in read_header(file).tensors.items():
-            layer, _, leaf = flux_names.canonical_key(key).rpartition(".")
-            sizes["low_rank" if leaf in flux_names.LOW_RANK_LEAVES else kinds.get(layer, "plain")] += info.nbytes
+    for header in headers:
+        for key, info in header.tensors.items():
+            layer, _, leaf = flux_names.canonical_key(key.removeprefix(prefix)).rpartition(".")
+            if layer in kinds:  # a saved model may have a VAE and text encoders with it
+                sizes["low_rank" if leaf in low_rank else kinds[layer]] += info.nbytes
     return sizes
 
 
@@ -193,7 +208,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     config, sizes, machine = facts["config"], facts["bytes"], facts["machine"]
     ranks = ", ".join(f"{rank} ({count} weights)" for rank, count in facts["ranks"].items())
     rows = [
-        ("format", {"nunchaku": "SVDQuant, single file"}.get(facts["format"], "SVDQuant, legacy folder")),
+        ("format", _FORMATS[facts["format"]]),
         ("variant", f"FLUX.1 {facts['variant']}"),
         ("precision", f"{facts['precision']} weights, {facts['dtype']} scales and low-rank branches"),
         ("rank", ranks),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from .legacy import open_legacy_folder
-from .nunchaku import open_single_file
-from .safetensors_file import Reader, mapped_reader, problem
+from .nunchaku import build_checkpoint
+from .safetensors_file import Reader, mapped_reader, problem, read_header
+from .saved import build_saved, saved_prefix
 from .weights import AWQLinear, Checkpoint, CheckpointError, FluxConfig, PlainLayer, W4A4Linear
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 
 
 def open_checkpoint(path: str | os.PathLike[str], reader: Reader = mapped_reader) -> Checkpoint:
-    """Open an SVDQuant INT4 FLUX checkpoint: a single safetensors file or a legacy folder.
+    """Open an SVDQuant INT4 FLUX checkpoint: a single safetensors file, a legacy folder, or what ModelSave wrote.
 
     Headers are read and checked at once, tensor data only when a layer is asked for, as views of the mapped file.
     ``reader`` replaces the way in which tensors are read. Raises CheckpointError, one line that says what is wrong.
@@ -33,4 +34,7 @@ def open_checkpoint(path: str | os.PathLike[str], reader: Reader = mapped_reader
         raise problem(path, "file", "nothing there", "a checkpoint file or folder", "Check the path")
     if not os.path.isfile(path):
         raise problem(path, "file", "neither file nor folder", "a checkpoint file or folder", "Check the path")
-    return open_single_file(path, reader)
+    header = read_header(path)
+    if saved_prefix(header) is not None:
+        return build_saved(header, reader)
+    return build_checkpoint(path, "nunchaku", [header], header.metadata, reader)

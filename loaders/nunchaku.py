@@ -7,56 +7,33 @@ shapes; metadata is a hint that may be missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..kernels import layout
-from ..kernels.int4 import GROUP, RANK_MULTIPLE, PackedAWQ, PackedW4A4
+from ..kernels.int4 import GROUP, PackedAWQ, PackedW4A4
 from . import flux_names
 from .flux_names import AWQSource, PlainSource, Source, W4A4Source
 from .recognise import refuse_other_files
-from .safetensors_file import Header, Reader, TensorInfo, mapped_reader, problem, read_header
+from .safetensors_file import Header, Reader, TensorInfo, problem
+from .tensor_set import (
+    HALF,
+    PLAIN,
+    TensorSet,
+    TensorTable,
+    check_awq_groups,
+    check_rank,
+    check_table,
+    part_shape,
+    plain_shapes,
+    read_config,
+    variant,
+)
 from .weights import AWQLinear, Checkpoint, FluxConfig, Layer, PlainLayer, W4A4Linear
 
-HALF = ("BF16", "F16")
-PLAIN = ("BF16", "F16", "F32")
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
-_TIME_EMBEDDING = 256
-_SHOWN = 3
-_INCOMPLETE = "The file is incomplete: download or convert it again"
-_CONVERT = "Convert the model again"
-
-TensorTable = dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]
-"""Canonical name -> (allowed dtypes, nominal shape with None where any size goes)."""
-
-
-@dataclass(frozen=True)
-class TensorSet:
-    """Tensors of one checkpoint, from one or more files, under canonical names.
-
-    path: what the user chose · infos: canonical name -> TensorInfo · stored: canonical name -> (file, name in it).
-    """
-
-    path: str
-    infos: dict[str, TensorInfo]
-    stored: dict[str, tuple[str, str]]
-
-    def key(self, name: str) -> str:
-        """The name as the file has it, for messages."""
-        return self.stored[name][1] if name in self.stored else name
-
-    def error(self, name: str, found: object, expected: object, remedy: str) -> Exception:
-        file = self.stored[name][0] if name in self.stored else self.path
-        return problem(file, self.key(name), found, expected, remedy)
-
-
-def open_single_file(path: str, reader: Reader = mapped_reader) -> Checkpoint:
-    """Open a merged single-file checkpoint. Raises CheckpointError."""
-    header = read_header(path)
-    return build_checkpoint(path, "nunchaku", [header], header.metadata, reader)
 
 
 def build_checkpoint(
@@ -65,7 +42,7 @@ def build_checkpoint(
     """Check the tensors of ``headers`` as one checkpoint and return it; ``metadata`` holds config and comfy_config."""
     tensors = _merge(path, headers)
     refuse_other_files(path, {tensors.key(name): info for name, info in tensors.infos.items()})
-    config = _read_config(tensors)
+    config = read_config(tensors, _canonical_name)
     layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
     ranks = _check_tensors(tensors, config, layers)
     notes = _check_metadata(path, metadata, config)
@@ -84,7 +61,7 @@ def build_checkpoint(
         path=path,
         files=tuple(header.path for header in headers),
         format=container,
-        variant=_variant(path, metadata, config),
+        variant=variant(path, metadata, config),
         precision="int4",
         ranks=ranks,
         dtype=_TORCH[scales.dtype],
@@ -116,79 +93,20 @@ def _merge(path: str, headers: list[Header]) -> TensorSet:
     return TensorSet(path, infos, stored)
 
 
-def _read_config(tensors: TensorSet) -> FluxConfig:
-    def matrix(name: str) -> tuple[int, int]:
-        info = tensors.infos.get(name)
-        if info is None:
-            raise tensors.error(name, "no such key", "the layer", _INCOMPLETE)
-        if len(info.shape) != 2:
-            raise tensors.error(name, f"shape {list(info.shape)}", "a matrix", _CONVERT)
-        return info.shape
-
-    hidden, in_channels = matrix("x_embedder.weight")
-    if hidden % layout.TILE_K or hidden == 0:
-        raise tensors.error(
-            "x_embedder.weight", f"hidden size {hidden}", f"a multiple of {layout.TILE_K}",
-            "INT4 tiles need that: the model cannot be used in this format",
-        )  # fmt: skip
-    if in_channels % 4 or in_channels == 0:
-        found = f"{in_channels} input channels"
-        raise tensors.error("x_embedder.weight", found, "a multiple of 4 (2x2 patches)", _CONVERT)
-    for name in ("context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"):
-        if matrix(name)[1] == 0:
-            raise tensors.error(name, "no inputs", "at least one", _CONVERT)
-    return FluxConfig(
-        hidden_size=hidden,
-        depth=_count_blocks(tensors, "transformer_blocks"),
-        depth_single_blocks=_count_blocks(tensors, "single_transformer_blocks"),
-        in_channels=in_channels,
-        out_channels=matrix("proj_out.weight")[0],
-        context_in_dim=matrix("context_embedder.weight")[1],
-        vec_in_dim=matrix("time_text_embed.text_embedder.linear_1.weight")[1],
-        guidance_embed=any(name.startswith("time_text_embed.guidance_embedder.") for name in tensors.infos),
-    )
-
-
-def _count_blocks(tensors: TensorSet, prefix: str) -> int:
-    indices = set()
-    for name in tensors.infos:
-        block, _, rest = name.partition(".")
-        index = rest.partition(".")[0]
-        if block == prefix and index.isdecimal() and len(index) < 6:
-            indices.add(int(index))
-    missing = next((i for i in range(len(indices)) if i not in indices), None)
-    if missing is not None or not indices:
-        expected = f"blocks 0 to {max(indices, default=0)} without a gap"
-        raise problem(tensors.path, f"{prefix}.{missing or 0}", "no such block", expected, _INCOMPLETE)
-    return len(indices)
+def _canonical_name(stock: str) -> str:
+    blocks = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
+    return blocks.get(stock) or flux_names.outer_layers(guidance=True)[stock].name
 
 
 def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
     """Every tensor that a checkpoint of this size may have; None stands for ranks and padded rows."""
-    hidden, mlp = config.hidden_size, config.mlp_size
-    inner = {
-        "qkv_proj": (3 * hidden, hidden),
-        "out_proj": (hidden, hidden),
-        "mlp_fc1": (mlp, hidden),
-        "mlp_fc2": (hidden, mlp),
-    }
-    plain = {
-        "x_embedder": (hidden, config.in_channels),
-        "context_embedder": (hidden, config.context_in_dim),
-        "norm_out.linear": (2 * hidden, hidden),
-        "proj_out": (64, hidden),
-    }
-    for embedder, width in (
-        ("timestep", _TIME_EMBEDDING), ("guidance", _TIME_EMBEDDING), ("text", config.vec_in_dim),
-    ):  # fmt: skip
-        plain[f"time_text_embed.{embedder}_embedder.linear_1"] = (hidden, width)
-        plain[f"time_text_embed.{embedder}_embedder.linear_2"] = (hidden, hidden)
-
+    hidden = config.hidden_size
+    plain = {_canonical_name(module): shape for module, shape in plain_shapes(config).items()}
     expected: TensorTable = {}
     for source in layers.values():
         if isinstance(source, W4A4Source):
             for name in source.parts:
-                n, k = inner[name.rpartition(".")[2].replace("_context", "")]
+                n, k = part_shape(name, config)
                 expected |= {
                     f"{name}.qweight": (("I8",), (n, k // 2)),
                     f"{name}.wscales": (HALF, (k // GROUP, n)),
@@ -220,73 +138,17 @@ def _optional(name: str) -> bool:
 
 def _check_tensors(tensors: TensorSet, config: FluxConfig, layers: dict[str, Source]) -> dict[int, int]:
     """Names, dtypes, shapes. Returns rank -> number of W4A4 weights with it."""
-    expected = tensor_table(config, layers)
-    missing = [name for name in expected if name not in tensors.infos and not _optional(name)]
-    if missing:
-        raise problem(
-            tensors.path, _some(missing), f"{len(missing)} of {len(expected)} keys missing",
-            f"all layers of a FLUX model with {config.depth} + {config.depth_single_blocks} blocks",
-            _INCOMPLETE,
-        )  # fmt: skip
-    extra = [tensors.key(name) for name in tensors.infos if name not in expected]
-    if extra:
-        raise problem(
-            tensors.path, _some(extra), f"{len(extra)} keys that no SVDQuant INT4 FLUX checkpoint has",
-            f"only the {len(expected)} known keys", "Use the file as it was published or convert the model again",
-        )  # fmt: skip
-    for name, (dtypes, shape) in expected.items():
-        info = tensors.infos.get(name)
-        if info is None:
-            continue
-        if info.dtype not in dtypes:
-            raise tensors.error(name, f"dtype {info.dtype}", " or ".join(dtypes), _CONVERT)
-        fits = len(info.shape) == len(shape) and all(w in (None, h) for w, h in zip(shape, info.shape, strict=True))
-        if not fits:
-            wanted = [("any" if size is None else size) for size in shape]
-            raise tensors.error(
-                name, f"shape {list(info.shape)}", f"{wanted} for hidden size {config.hidden_size}",
-                "The file does not fit together: download or convert it again",
-            )  # fmt: skip
-    return _check_free_sizes(tensors, config, layers)
-
-
-def _check_free_sizes(tensors: TensorSet, config: FluxConfig, layers: dict[str, Source]) -> dict[int, int]:
+    only_known = "Use the file as it was published or convert the model again"
+    check_table(tensors, config, tensor_table(config, layers), _optional, only_known)
     ranks: dict[int, int] = {}
-    groups = config.hidden_size // GROUP
-    padded_groups = (groups + 15) // 16 * 16  # the original converter rounds small models up
     for source in layers.values():
         if isinstance(source, AWQSource):
-            for leaf in ("wscales", "wzeros"):
-                rows = tensors.infos[f"{source.name}.{leaf}"].shape[0]
-                if rows not in (groups, padded_groups):
-                    expected = f"{groups} (one for 64 inputs)"
-                    raise tensors.error(f"{source.name}.{leaf}", f"{rows} rows", expected, _CONVERT)
+            check_awq_groups(tensors, config, (f"{source.name}.wscales", f"{source.name}.wzeros"))
         elif isinstance(source, W4A4Source):
             for name in source.parts:
-                rank = _rank(tensors, name)
+                rank = check_rank(tensors, *(f"{name}.{leaf}" for leaf in flux_names.LOW_RANK_LEAVES))
                 ranks[rank] = ranks.get(rank, 0) + 1
     return dict(sorted(ranks.items()))
-
-
-def _rank(tensors: TensorSet, name: str) -> int:
-    found = [leaf for leaf in flux_names.LOW_RANK_LEAVES if f"{name}.{leaf}" in tensors.infos]
-    if not found:
-        return 0
-    if len(found) == 1:
-        raise tensors.error(f"{name}.{found[0]}", "only one of lora_down and lora_up", "both", _CONVERT)
-    down, up = (tensors.infos[f"{name}.{leaf}"].shape[1] for leaf in flux_names.LOW_RANK_LEAVES)
-    if down != up:
-        raise tensors.error(f"{name}.lora_up", f"rank {up}", f"rank {down}, as lora_down", _CONVERT)
-    if down % RANK_MULTIPLE:
-        expected = f"a multiple of {RANK_MULTIPLE}"
-        raise tensors.error(f"{name}.lora_down", f"rank {down}", expected, f"{_CONVERT}, padding the rank")
-    return down
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 # ---- metadata
@@ -315,7 +177,7 @@ def _check_metadata(path: str, metadata: dict[str, str], config: FluxConfig) -> 
         if declared.get(key, value) != value:
             raise problem(
                 path, f"metadata config {key}", f"{value} blocks in the file", f"{declared[key]}",
-                _INCOMPLETE,
+                "The file is incomplete: download or convert it again",
             )  # fmt: skip
     for key, value in (
         ("in_channels", config.in_channels),
@@ -327,20 +189,6 @@ def _check_metadata(path: str, metadata: dict[str, str], config: FluxConfig) -> 
             found = f"found {declared[key]}, but the tensors say {value}; they count"
             notes.append(f"{path}: metadata config {key}: {found}")
     return notes
-
-
-def _variant(path: str, metadata: dict[str, str], config: FluxConfig) -> str:
-    """The model's usual name. Shapes tell families apart; within a family only names do."""
-    hint = (path.replace("\\", "/").rstrip("/").rpartition("/")[2] + " " + metadata.get("config", "")).lower()
-    if not config.guidance_embed:
-        return "schnell"
-    if config.in_channels == 64:
-        return next((name for name in ("kontext", "krea") if name in hint), "dev")
-    if config.in_channels == 128:
-        return next((name for name in ("canny", "depth") if name in hint), "canny or depth")
-    if config.in_channels == 384:
-        return "fill"
-    return f"dev with {config.in_channels} input channels"
 
 
 # ---- reading

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,21 +41,24 @@ Reader = Callable[[str], Callable[[str], Tensor]]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """dtype: safetensors' name ("BF16") · shape · nbytes."""
+    """dtype: safetensors' name ("BF16") · shape · nbytes · start: position of the first byte behind the header."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """path · tensors: name -> TensorInfo · metadata: the header's ``__metadata__`` strings · file_bytes."""
+    """path · tensors: name -> TensorInfo · metadata: the header's ``__metadata__`` strings · file_bytes · data_start:
+    position of the first byte behind the header."""
 
     path: str
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     file_bytes: int
+    data_start: int
 
 
 def problem(path: str, key: str, found: object, expected: object, remedy: str) -> CheckpointError:
@@ -98,9 +101,24 @@ def read_header(path: str) -> Header:
                 raise problem(path, "header", f"a file of {file_bytes} bytes", f"a header of {size} bytes", _REDOWNLOAD)
             raw = file.read(size)
     except OSError as error:
-        reason = error.strerror or error
-        raise problem(path, "file", reason, "a readable file", "Check the path and its permissions") from error
+        raise _unreadable(path, error) from error
     return _parse(path, raw, file_bytes, data_bytes=file_bytes - 8 - size)
+
+
+def read_bytes(header: Header, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of some small tensors, in that order; raises CheckpointError."""
+    try:
+        with open(header.path, "rb") as file:
+            for name in names:
+                info = header.tensors[name]
+                file.seek(header.data_start + info.start)
+                yield name, file.read(info.nbytes)
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> CheckpointError:
+    return problem(path, "file", error.strerror or error, "a readable file", "Check the path and its permissions")
 
 
 def _parse(path: str, raw: bytes, file_bytes: int, data_bytes: int) -> Header:
@@ -131,7 +149,7 @@ def _parse(path: str, raw: bytes, file_bytes: int, data_bytes: int) -> Header:
             )  # fmt: skip
     if position != data_bytes:
         raise problem(path, "data", f"{data_bytes} bytes", f"{position} bytes, as the header says", _REDOWNLOAD)
-    return Header(path, tensors, metadata, file_bytes)
+    return Header(path, tensors, metadata, file_bytes, file_bytes - data_bytes)
 
 
 def _unique(path: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -159,4 +177,4 @@ def _tensor_entry(path: str, name: str, entry: object) -> tuple[TensorInfo, tupl
     nbytes = math.prod(shape) * _BITS[dtype] // 8
     if end - start != nbytes:
         raise problem(path, name, f"{end - start} bytes", f"{nbytes} bytes for {dtype} {list(shape)}", _REDOWNLOAD)
-    return TensorInfo(dtype, shape, nbytes), (start, end)
+    return TensorInfo(dtype, shape, nbytes, start), (start, end)

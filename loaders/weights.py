@@ -47,17 +47,22 @@ class FluxConfig:
         return self.hidden_size // 128
 
 
+LowRank = tuple[Tensor, Tensor]
+"""A LoRA that a saved model has beside a weight: down [R, K] and up [N, R], natural order, strength included."""
+
+
 @dataclass(frozen=True)
 class W4A4Linear:
     """A W4A4 linear under its stock name: packed parts and the stored bias [N].
 
     axis 0: outputs of the parts side by side (``linear1`` = qkv, fc1); axis 1: inputs side by side, outputs summed
-    (``linear2`` = attention out, fc2). All other linears have one part.
+    (``linear2`` = attention out, fc2). All other linears have one part. lora: what does not fit into their branches.
     """
 
     parts: tuple[PackedW4A4, ...]
     axis: int
     bias: Tensor
+    lora: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,10 +73,14 @@ class W4A4Linear:
 
 @dataclass(frozen=True)
 class AWQLinear:
-    """A W4A16 modulation layer: packed weight, bias [N] in BFL's row order without the +1 that the file bakes in."""
+    """A W4A16 modulation layer: packed weight, bias [N] in BFL's row order without the +1 that the file bakes in.
+
+    lora: in BFL's row order, too.
+    """
 
     weight: PackedAWQ
     bias: Tensor
+    lora: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,10 +106,11 @@ Layer = W4A4Linear | AWQLinear | PlainLayer
 class Checkpoint:
     """An opened checkpoint: facts about it, and its layers on demand.
 
-    path: file or folder · files: the files that hold the bytes · format: "nunchaku" or "nunchaku-legacy-folder" ·
-    variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the low-rank branch -> number of packed
-    weights that have it · dtype: of scales and low-rank factors · metadata: the header's strings · notes: what a user
-    should know and nothing breaks on · file_bytes: total size · layer_names: stock module names in model order.
+    path: file or folder · files: the files that hold the bytes · format: "nunchaku", "nunchaku-legacy-folder" or
+    "comfyui" · variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the low-rank branch ->
+    number of packed weights that have it · dtype: of scales and low-rank factors · metadata: the header's strings ·
+    notes: what a user should know and nothing breaks on · file_bytes: total size · layer_names: stock module names in
+    model order.
 
     ``layer(name)`` reads one layer: tensors are views of the mapped file wherever the stock layout allows it.
     """

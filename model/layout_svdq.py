@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.int4 import PackedAWQ, PackedW4A4
+from ..loaders.saved import SVDQ_AWQ, SVDQ_INT4
 from ..loaders.weights import AWQLinear, W4A4Linear
 
 _NO_QUANTIZE = "SVDQuant weights cannot be requantized from a dense tensor on the fly: quantize the model anew"
@@ -92,7 +93,7 @@ class SVDQInt4Layout(_Layout):
     """W4A4 codes with group scales, smoothing and a 16-bit low-rank branch; one part or two."""
 
     Params = SVDQParams
-    format = "svdq_int4"
+    format = SVDQ_INT4
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: SVDQParams) -> Tensor:
@@ -108,7 +109,7 @@ class SVDQAwqLayout(_Layout):
     """AWQ W4A16 codes with scales and zero points; rows interleaved in the bytes, in stock order outside."""
 
     Params = AWQParams
-    format = "svdq_awq"
+    format = SVDQ_AWQ
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: AWQParams) -> Tensor:

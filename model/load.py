@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 from comfy.patcher_extension import CallbacksMP
+from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..kernels import backend_for
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """Load an SVDQuant INT4 FLUX checkpoint (file or legacy folder) into ComfyUI's own Flux.
+    """Load an SVDQuant INT4 FLUX checkpoint (file, legacy folder or saved model) into ComfyUI's own Flux.
 
     Returns a MODEL as a stock loader would. ``disable_dynamic`` asks for a patcher without dynamic VRAM, as ComfyUI
     does through ``cached_patcher_init``. Raises loaders.CheckpointError or kernels.BackendUnavailable.
@@ -31,8 +32,9 @@ def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False)
     checkpoint = open_checkpoint(path, reader=_comfy_reader)
     for note in checkpoint.notes:
         log.warning("%s", note)
+    sd, loras = state_dict(checkpoint)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state_dict(checkpoint),
+        sd,
         # Without an explicit type ComfyUI would take the most frequent one it sees, or float32 on a CPU.
         model_options={"custom_operations": make_operations(backend), "dtype": checkpoint.dtype},
         metadata=checkpoint.metadata,
@@ -41,7 +43,8 @@ def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False)
     if patcher is None:
         raise RuntimeError(f"{path}: ComfyUI does not recognise the model as FLUX; please report this with `inspect`")
     fuse_blocks(patcher.model.diffusion_model, backend)
-    patcher.add_callback(CallbacksMP.ON_DETACH, lambda detached, _: release_graphs(detached.model.diffusion_model))
+    patcher.add_patches(loras)
+    patcher.add_callback(CallbacksMP.ON_DETACH, _on_detach)
     # Tells ComfyUI how to make a second, independent copy: for hooks, torch.compile and several GPUs.
     patcher.cached_patcher_init = (load_flux, (path, precision))
     log.info(
@@ -59,17 +62,30 @@ def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False)
     return adopt(patcher)
 
 
-def state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Stock parameter names -> tensors; quantized layers as QuantizedTensors that share the mapped file's memory."""
+def state_dict(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, LoRAAdapter]]:
+    """(stock parameter names -> tensors, keys of parameters -> LoRAs that a saved model has beside them).
+
+    Quantized layers are QuantizedTensors; everything shares the mapped file's memory.
+    """
     sd: dict[str, Tensor] = {}
+    loras: dict[str, LoRAAdapter] = {}
     for name, layer in checkpoint.layers():
         if isinstance(layer, PlainLayer):
             sd[f"{name}.weight"] = layer.weight
         else:
             sd[f"{name}.weight"] = quantized_weight(layer, checkpoint.dtype)
+            if layer.lora is not None:
+                down, up = layer.lora
+                loras[f"diffusion_model.{name}.weight"] = LoRAAdapter(set(), (up, down, None, None, None, None))
         if layer.bias is not None:
             sd[f"{name}.bias"] = layer.bias
-    return sd
+    return sd, loras
+
+
+def _on_detach(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
+    """Graphs go when the model leaves the GPU, not when another clone takes its place or a clone is deleted."""
+    if unpatch_all:
+        release_graphs(patcher.model.diffusion_model)
 
 
 def _comfy_reader(path: str):

@@ -7,7 +7,6 @@ that would do that to a quantized weight; everything else is inherited. Line num
 from __future__ import annotations
 
 import collections
-import logging
 from typing import Any
 
 import comfy.model_management
@@ -17,8 +16,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from .ops import PatchSlots, QuantizedLinear, is_quantized
-
-log = logging.getLogger(__name__)
+from .saving import SaveMixin
 
 _CALLBACK_KEY = "svdq_flux"
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
@@ -36,26 +34,7 @@ def quantized_modules(model: torch.nn.Module) -> list[QuantizedLinear]:
     return [m for m in model.modules() if isinstance(m, QuantizedLinear) and is_quantized(m.weight)]
 
 
-class _SaveMixin:
-    """ModelSave: quantized weights are written as they are."""
-
-    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict:
-        left_out = sum(slots_of(self.model, key) is not None for key in self.patches)
-        if left_out:
-            log.warning("SVDQ FLUX: LoRAs and merges on %d quantized layers are not in the saved model", left_out)
-        # Core would wrap each inner tensor into a lazily cast Parameter, which integer tensors cannot be (322). It
-        # skips modules that count as patched already.
-        marked = [m for m in quantized_modules(self.model) if not getattr(m, "comfy_patched_weights", False)]
-        for module in marked:
-            module.comfy_patched_weights = True
-        try:
-            return super().model_state_dict_for_saving(*args, **kwargs)
-        finally:
-            for module in marked:
-                del module.comfy_patched_weights
-
-
-class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
+class SVDQModelPatcher(SaveMixin, comfy.model_patcher.ModelPatcher):
     """The patcher without dynamic VRAM."""
 
     def patch_weight_to_device(
@@ -111,7 +90,7 @@ class SVDQModelPatcher(_SaveMixin, comfy.model_patcher.ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
 
 
-class SVDQModelPatcherDynamic(_SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
+class SVDQModelPatcherDynamic(SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
     """The patcher with dynamic VRAM."""
 
     def patch_weight_to_device(

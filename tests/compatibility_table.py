@@ -15,7 +15,8 @@ FILES = {
     "Patches of the model": "test_compatibility_patches",
     "LoRA and hooks": "test_compatibility_lora",
     "LoRAs added, changed, shared, removed": "test_lora_families",
-    "Merges, copies, devices, saving": "test_compatibility_models",
+    "Merges, copies, devices": "test_compatibility_models",
+    "Saving": "test_compatibility_saving",
 }
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from svdq.cli.synth import synth
+from svdq.kernels.int4 import PackedW4A4
+from svdq.loaders import PlainLayer, W4A4Linear, open_checkpoint
 
 Tensors = dict[str, Tensor]
 Metadata = dict[str, str]
@@ -63,6 +66,37 @@ def changed(path: Path, change: Callable[[Tensors, Metadata], Any], name: str = 
     change(tensors, metadata)
     target = path.with_name(name)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target, metadata or None)
+    return target
+
+
+def save_as_comfyui(path: Path, target: Path, prefix: str = "model.diffusion_model.") -> Path:
+    """What ComfyUI's ModelSave writes for the model of a checkpoint, written down independently of model/saving.py."""
+    tensors: Tensors = {}
+
+    def put(name: str, **leaves: Tensor) -> None:
+        tensors.update({f"{prefix}{name}.{leaf}": tensor.contiguous() for leaf, tensor in leaves.items()})
+
+    def part_tensors(part: PackedW4A4, codes: str, start: str) -> Tensors:
+        rest = {"scale": part.wscales, "smooth": part.smooth_factor, "down": part.proj_down, "up": part.proj_up}
+        return {codes: part.qweight} | {start + leaf: tensor for leaf, tensor in rest.items()}
+
+    for name, layer in open_checkpoint(path).layers():
+        if isinstance(layer, PlainLayer):
+            put(name, weight=layer.weight, **({} if layer.bias is None else {"bias": layer.bias}))
+            continue
+        if isinstance(layer, W4A4Linear):
+            *head, last = layer.parts
+            for part in head:
+                put(name, **part_tensors(part, "weight_head_qdata", "weight_head_"))
+            put(name, **part_tensors(last, "weight", "weight_"))
+            kind = {"format": "svdq_int4", "axis": layer.axis, "unsigned": last.act_unsigned}
+        else:
+            weight = layer.weight
+            put(name, weight=weight.qweight, weight_scale=weight.wscales, weight_zeros=weight.wzeros)
+            kind = {"format": "svdq_awq", "splits": weight.splits}
+        text = json.dumps(kind | {"shape": list(layer.shape)}).encode()
+        put(name, bias=layer.bias, comfy_quant=torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    save_file(tensors, target)
     return target
 
 

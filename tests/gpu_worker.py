@@ -1,4 +1,5 @@
-"""One ComfyUI process in one memory mode: loads a checkpoint, runs it plain and with a LoRA, reports. Started by tests.
+"""One ComfyUI process in one memory mode: loads a checkpoint, runs it plain and with a LoRA, saves it and loads that,
+reports. Started by tests.
 
     python gpu_worker.py COMFYUI CHECKPOINT OUT.pt LORA -- [ComfyUI's own options]
 
@@ -39,11 +40,11 @@ def main() -> None:
     import conftest  # noqa: F401  registers the package
     import torch
 
-    torch.save(report(checkpoint_path, lora_path), out)
+    torch.save(report(checkpoint_path, lora_path, f"{out}.safetensors"), out)
 
 
-def report(checkpoint_path: str, lora_path: str) -> dict:
-    """Outputs (float32 tensors) and sizes (bytes) of one run."""
+def report(checkpoint_path: str, lora_path: str, saved: str) -> dict:
+    """Outputs (float32 tensors) and sizes (bytes) of one run. saved: where to write models."""
     import comfy.sd
     import comfy.utils
     import torch
@@ -79,6 +80,12 @@ def report(checkpoint_path: str, lora_path: str) -> dict:
     if on_gpu:
         patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
         result["after_partial_unload"] = forward(patcher, arguments, load=False)
+    columns = {key: value for key, value in lora.items() if not key.endswith(".diff_b")}
+    with_columns = comfy.sd.load_lora_for_models(patcher, None, columns, 0.8, 0)[0]
+    result["columns"] = forward(with_columns, arguments)
+    for key, model in (("saved", patcher), ("saved_lora", patched), ("saved_columns", with_columns)):
+        comfy.sd.save_checkpoint(saved, model)
+        result[key] = forward(load_flux(saved), arguments)
     return result
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import Metadata, Tensors, changed, read_header, tiny, write_raw
+from files import Metadata, Tensors, changed, read_header, save_as_comfyui, tiny, write_raw
 from safetensors.torch import save_file
 
 from svdq import cli
@@ -25,6 +25,11 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny(tmp_path_factory.mktemp("dev"))
+
+
+@pytest.fixture(scope="module")
+def saved(dev: Path) -> Path:
+    return save_as_comfyui(dev, dev.with_name("saved.safetensors"))
 
 
 def refusal(path: Path, *fragments: str) -> str:
@@ -56,9 +61,10 @@ def test_files_of_a_few_bytes(size: int, tmp_path: Path) -> None:
     refusal(path, f"{size} bytes", "Download the file again")
 
 
+@pytest.mark.parametrize("kind", ["dev", "saved"])
 @pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])
-def test_truncated_files(share: float, dev: Path, tmp_path: Path) -> None:
-    whole = dev.read_bytes()
+def test_truncated_files(share: float, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    whole = request.getfixturevalue(kind).read_bytes()
     path = tmp_path / "cut.safetensors"
     path.write_bytes(whole[: int(len(whole) * share)])
     refusal(path, "Download the file again and compare its size")
@@ -314,6 +320,73 @@ def test_metadata_that_is_no_json_object(key: str, text: str, dev: Path) -> None
     refusal(bad, f"metadata {key}", "JSON", "remove that metadata entry")
 
 
+# ---- saved by ComfyUI
+
+QKV, MOD = "model.diffusion_model.double_blocks.0.img_attn.qkv", "model.diffusion_model.double_blocks.0.img_mod.lin"
+
+
+def _describe(layer: str, **entries: object) -> Callable[[Tensors, Metadata], None]:
+    def change(tensors: Tensors, _: Metadata) -> None:
+        described = json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist())) | entries
+        text = json.dumps({entry: value for entry, value in described.items() if value is not None})
+        _text(layer, text.encode())(tensors, _)
+
+    return change
+
+
+def _text(layer: str, text: bytes) -> Callable[[Tensors, Metadata], None]:
+    content = torch.tensor(list(text), dtype=torch.uint8)
+    return lambda tensors, _: tensors.update({f"{layer}.comfy_quant": content})
+
+
+def _both(*changes: Callable[[Tensors, Metadata], None]) -> Callable[[Tensors, Metadata], None]:
+    return lambda tensors, metadata: [change(tensors, metadata) for change in changes]
+
+
+@pytest.mark.parametrize(
+    "change, fragments",
+    [
+        (_drop(f"{QKV}.weight_smooth"), [f"{QKV}.weight_smooth", "1 of", "missing", "save it again"]),
+        (_drop(f"{QKV}.comfy_quant"), [f"{QKV}.comfy_quant", "missing"]),
+        (_drop(f"{QKV}.weight_down"), [f"{QKV}.weight_down", "missing"]),
+        (_drop("model.diffusion_model.img_in.weight"), ["model.diffusion_model.img_in.weight", "no such key"]),
+        (_drop_block("model.diffusion_model.single_blocks.0."), ["model.diffusion_model.single_blocks.0", "gap"]),
+        (_put(f"{QKV}.weight_other", 4), [f"{QKV}.weight_other", "1 keys that no SVDQuant", "Save the model again"]),
+        (_put("model.diffusion_model.surprise", 4), ["surprise"]),
+        (_put(f"{QKV}.weight", 768, 256), [f"{QKV}.weight", "BF16", "I8"]),
+        (_put(f"{QKV}.weight", 768, 256, dtype=torch.int8), [f"{QKV}.weight", "[768, 256]", "[768, 128]"]),
+        (_put(f"{QKV}.weight_scale", 768, 4), [f"{QKV}.weight_scale", "[4, 768]"]),
+        (_put(f"{QKV}.bias", 769), [f"{QKV}.bias", "[768]"]),
+        (_put(f"{QKV}.weight_up", 768, 16), [f"{QKV}.weight_up", "rank 16", "rank 32, as weight_down"]),
+        (_put(f"{MOD}.weight_zeros", 5, 1536), [f"{MOD}.weight_zeros", "5 rows", "4"]),
+        (_put(f"{MOD}.lora_down", 3, 256), [f"{MOD}.lora_down", "only one"]),
+        (_both(_put(f"{MOD}.lora_down", 3, 256), _put(f"{MOD}.lora_up", 1536, 4)), [f"{MOD}.lora_up", "rank 3"]),
+        (_both(_put(f"{MOD}.lora_down", 0, 256), _put(f"{MOD}.lora_up", 1536, 0)), [f"{MOD}.lora_up", "rank 0"]),
+        (_put(f"{MOD}.lora_down", 3, 255), [f"{MOD}.lora_down", "[3, 255]"]),
+        (_put("model.diffusion_model.img_in.weight", 256, 66), ["img_in.weight", "66 input channels"]),
+        (_put("model.diffusion_model.img_in.weight", 192, 64), ["img_in.weight", "hidden size 192"]),
+        (_describe(QKV, format="float8_e4m3fn"), [f"{QKV}.comfy_quant", "float8_e4m3fn", "svdq_int4"]),
+        (_describe(QKV, format="svdq_awq"), [f"{QKV}.comfy_quant", "svdq_int4"]),
+        (_describe(QKV, axis=1), [f"{QKV}.comfy_quant"]),
+        (_describe(QKV, unsigned=True), [f"{QKV}.comfy_quant"]),
+        (_describe(QKV, shape=[256, 768]), [f"{QKV}.comfy_quant", "[768, 256]"]),
+        (_describe(QKV, shape=None), [f"{QKV}.comfy_quant"]),
+        (_describe(MOD, splits=3), [f"{MOD}.comfy_quant", "svdq_awq"]),
+        *[
+            (_text(QKV, text), [f"{QKV}.comfy_quant"])
+            for text in (b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b"[" * 900, b"\n{}\n", b" " * 2000)
+        ],
+    ],
+)
+def test_saved_models_that_do_not_fit(change: Callable, fragments: list[str], saved: Path) -> None:
+    refusal(changed(saved, change), *fragments)
+
+
+def test_a_quantized_model_of_another_kind(tmp_path: Path) -> None:
+    names = ["model.diffusion_model.double_blocks.0.img_attn.qkv" + leaf for leaf in (".weight", ".comfy_quant")]
+    refusal(fake(tmp_path / "fp8.safetensors", *names), "FLUX model that is not SVDQuant", "Load Diffusion")
+
+
 # ---- folders
 
 
@@ -370,9 +443,10 @@ def test_a_file_that_may_not_be_read(dev: Path) -> None:
 # ---- everything at random
 
 
-def test_fuzzed_headers(dev: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dev", "saved"])
+def test_fuzzed_headers(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Whatever happens to a header: a checkpoint that reads, or a CheckpointError of one line."""
-    whole = dev.read_bytes()
+    whole = request.getfixturevalue(kind).read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")
     path = tmp_path / "fuzz.safetensors"
     path.write_bytes(whole)

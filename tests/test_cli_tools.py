@@ -18,7 +18,7 @@ import pytest
 import torch
 from checks import assert_close, assert_same
 from conftest import ROOT
-from files import changed, read_all, tiny
+from files import changed, read_all, save_as_comfyui, tiny
 
 from svdq import cli
 from svdq.cli import doctor
@@ -236,6 +236,24 @@ def test_dequantize_command_reads_a_legacy_folder(tmp_path: Path, command: Calla
     tensors, metadata = read_all(tmp_path / "out.safetensors")
     assert tensors["img_in.weight"].shape == (256, 384)
     assert metadata["svdq.source"] == "legacy" and metadata["svdq.source_format"] == "nunchaku-legacy-folder"
+
+
+def test_commands_read_a_saved_model(dev: Path, tmp_path: Path, command: Callable) -> None:
+    saved = save_as_comfyui(dev, tmp_path / "saved.safetensors")
+    dequantize(saved, tmp_path / "a.safetensors")
+    dequantize(dev, tmp_path / "b.safetensors")
+    tensors, expected = read_all(tmp_path / "a.safetensors")[0], read_all(tmp_path / "b.safetensors")[0]
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert_same(tensor, expected[name], name)
+    facts, error = inspect(saved)
+    sizes, same = facts["bytes"], ("layers", "ranks", "variant", "dtype", "config")
+    assert error is None and facts["format"] == "comfyui"
+    assert [facts[key] for key in same] == [inspect(dev)[0][key] for key in same]
+    header = 8 + int.from_bytes(saved.read_bytes()[:8], "little")
+    assert sum(sizes[kind] for kind in ("w4a4", "low_rank", "modulation", "plain")) + header == facts["file_bytes"]
+    assert sizes["low_rank"] == inspect(dev)[0]["bytes"]["low_rank"]
+    assert "SVDQuant, saved by ComfyUI" in command("inspect", saved)[1]
 
 
 @pytest.mark.comfy

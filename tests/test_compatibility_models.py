@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import compatibility_env
 import pytest
 import torch
 from compatibility_env import ROUNDED_LIMIT, case, check, names, node, sample
-from lora_files import logged, lora_file, with_lora
-
-from svdq.loaders import CheckpointError
+from lora_files import lora_file, with_lora
 
 pytestmark = pytest.mark.comfy
 
@@ -106,39 +103,6 @@ def _(model, env):
 @case("A second, independent copy of the model (clone with force_deepcopy)")
 def _(model, env):
     return sample(with_lora(model, lora_file(env)).clone(force_deepcopy=True), env)
-
-
-# ---- saving
-
-
-def test_model_save_writes_every_tensor_as_it_is(env: SimpleNamespace, tmp_path: Path) -> None:
-    """ModelSave: the file holds the quantized model, bit by bit, without its LoRAs, which the log says."""
-    import comfy_extras.nodes_model_merging as merging
-    from safetensors.torch import load_file
-
-    saver = merging.ModelSave()
-    saver.output_dir = str(tmp_path)
-    model = env.pair("dev")[0]
-    with logged() as messages:
-        saver.save(with_lora(model, lora_file(env)), "saved")
-    assert [message for message in messages if "5 quantized layers" in message] == messages and messages
-    saved = load_file(next(tmp_path.rglob("*.safetensors")))
-    expected = {f"model.{key}": value for key, value in model.model.state_dict().items() if "diffusion_model" in key}
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[key], value) and saved[key].dtype == value.dtype for key, value in expected.items())
-    assert torch.equal(sample(model, env), env.plain("dev"))
-
-
-@pytest.mark.xfail(raises=CheckpointError, strict=True, reason="our loader does not read ComfyUI's saved form yet")
-def test_a_saved_model_loads_again(env: SimpleNamespace, tmp_path: Path) -> None:
-    """A file of ModelSave loads again and gives the same bits."""
-    import comfy.sd
-
-    from svdq.model import load_flux
-
-    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), env.pair("dev")[0])
-    again = load_flux(str(tmp_path / "saved.safetensors"), "16bit")
-    assert torch.equal(sample(again, env), env.plain("dev"))
 
 
 # ---- the test

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checks import assert_close, assert_same, golden_path, load_golden
 from conftest import ROOT
-from files import changed, read_all, second_name, tiny
+from files import changed, read_all, save_as_comfyui, second_name, tiny
 from torch import Tensor
 
 from svdq.cli.dequantize import effective
@@ -79,6 +79,53 @@ def test_golden_checkpoint_is_what_the_original_encoded() -> None:
         elif kind == "probe_y":
             exact = tensor.double() @ expected[f"probe_x.{name}"].double()
             assert_close(exact, value, rms=2e-6, peak=None, what=key)
+
+
+# ---- saved by ComfyUI
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_model_has_the_same_layers(variant: str, tmp_path: Path) -> None:
+    path = tiny(tmp_path, variant=variant)
+    checkpoint, saved = open_checkpoint(path), open_checkpoint(save_as_comfyui(path, tmp_path / f"{variant}_00001_.st"))
+    _assert_same_layers(checkpoint, saved)
+    assert (saved.format, saved.variant, saved.notes) == ("comfyui", variant, ())
+    same = ("config", "ranks", "dtype", "precision")
+    assert [getattr(saved, fact) for fact in same] == [getattr(checkpoint, fact) for fact in same]
+
+
+@pytest.mark.parametrize("rank", [0, 48])
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+def test_a_saved_model_under_other_prefixes(prefix: str, rank: int, tmp_path: Path) -> None:
+    path = tiny(tmp_path, rank=rank, dtype="fp16")
+    saved = open_checkpoint(save_as_comfyui(path, tmp_path / "saved.safetensors", prefix))
+    _assert_same_layers(open_checkpoint(path), saved)
+    assert saved.ranks == {rank: 24} and saved.dtype == torch.float16
+
+
+def test_a_saved_checkpoint_with_other_models(dev: Path, tmp_path: Path) -> None:
+    def add(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+        tensors |= {"vae.decoder.conv_in.weight": torch.zeros(4), "text_encoders.clip_l.logit_scale": torch.zeros(1)}
+
+    saved = open_checkpoint(changed(save_as_comfyui(dev, tmp_path / "saved.safetensors"), add))
+    _assert_same_layers(open_checkpoint(dev), saved)
+    assert len(saved.notes) == 1 and "2 tensors of other models" in saved.notes[0]
+
+
+def test_a_saved_lora_beside_a_weight(dev: Path, tmp_path: Path) -> None:
+    down, up = torch.randn(3, 256), torch.randn(1536, 3)
+
+    def add(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+        layer = "model.diffusion_model.double_blocks.0.img_mod.lin"
+        tensors |= {f"{layer}.lora_down": down, f"{layer}.lora_up": up}
+
+    layer = open_checkpoint(changed(save_as_comfyui(dev, tmp_path / "saved.safetensors"), add)).layer(
+        "double_blocks.0.img_mod.lin"
+    )
+    assert_same(layer.lora[0], down)
+    assert_same(layer.lora[1], up)
+    plain = effective(dataclasses.replace(layer, lora=None), torch.float32)[0]
+    torch.testing.assert_close(effective(layer, torch.float32)[0], plain + up @ down)
 
 
 # ---- every variant
@@ -221,7 +268,7 @@ def test_biases_of_single_blocks(dev: Path) -> None:
 # ---- laziness
 
 
-def test_only_the_layer_that_is_asked_for_is_read(dev: Path) -> None:
+def test_only_the_layer_that_is_asked_for_is_read(dev: Path, tmp_path: Path) -> None:
     asked: list[str] = []
 
     def reader(path: str):
@@ -232,6 +279,11 @@ def test_only_the_layer_that_is_asked_for_is_read(dev: Path) -> None:
     assert asked == []
     checkpoint.layer("double_blocks.1.img_attn.proj")
     assert asked and all(name.startswith("transformer_blocks.1.out_proj.") for name in asked)
+    asked.clear()
+    saved = open_checkpoint(save_as_comfyui(dev, tmp_path / "saved.safetensors"), reader)
+    assert asked == []
+    saved.layer("double_blocks.1.img_attn.proj")
+    assert asked and all(name.startswith("model.diffusion_model.double_blocks.1.img_attn.proj.") for name in asked)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory figures from /proc")

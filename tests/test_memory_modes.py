@@ -86,6 +86,14 @@ def check(result: dict) -> None:
     assert result["model_size"] == pytest.approx(result["file_bytes"], rel=0.05)
     if "after_partial_unload" in result:
         assert torch.equal(result["after_partial_unload"], result["plain"])
+    assert torch.equal(result["saved"], result["plain"]), "what ModelSave writes is the same model"
+
+
+def check_saved_loras(result: dict) -> None:
+    """In 16 bits: a saved LoRA's factors are rounded, and a part of the weight that is dequantized."""
+    for key in ("lora", "columns"):
+        distance = relative(result[f"saved_{key}"], result[key])
+        assert distance < 0.1 * relative(result[key], result["plain"]), f"{key}: {distance:.3g}"
 
 
 def test_cpu_mode(run_mode) -> None:
@@ -93,6 +101,7 @@ def test_cpu_mode(run_mode) -> None:
     assert not result["dynamic"]
     assert result["patcher"] == "SVDQModelPatcher"
     check(result)
+    check_saved_loras(result)
 
 
 @pytest.mark.gpu
@@ -102,6 +111,7 @@ def test_gpu_mode(mode: str, run_mode) -> None:
     assert result["dynamic"] == (mode == "dynamic")
     assert result["patcher"] == ("SVDQModelPatcherDynamic" if mode == "dynamic" else "SVDQModelPatcher")
     check(result)
+    check_saved_loras(result)
     reference = run_mode("static")
     for key in ("plain", "lora"):
         assert torch.equal(result[key], reference[key]), f"{key}: {mode} differs from static"
@@ -117,6 +127,7 @@ def test_gpu_mode_with_kernels(mode: str, precision: str, run_mode) -> None:
     for key in ("plain", "lora"):
         assert torch.equal(result[key], run_mode("static", precision)[key]), f"{key}: {mode} differs from static"
     assert 1e-3 < relative(result["plain"], run_mode("static")["plain"]) < 0.2  # activations are quantized
+    assert torch.equal(result["saved_columns"], result["columns"]), "a saved LoRA is what kernels make of it"
     assert result["blocks"] > 0
     if mode in ("dynamic", "static", "highvram"):
         assert result["graphs"] == result["blocks"], "weights that stay in place run as CUDA graphs"
