@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,12 @@ def touch(*parts: str | Path) -> Path:
     return path
 
 
-def schemas(nodes: ModuleType) -> dict[str, object]:
+def schemas(nodes: ModuleType, migration: bool = False) -> dict[str, object]:
+    """Node id -> schema. migration: also those for workflows made for Nunchaku."""
     import asyncio
 
-    classes = asyncio.run(nodes.SVDQExtension().get_node_list())
+    extension = nodes.SVDQExtensionWithMigration(print) if migration else nodes.SVDQExtension()
+    classes = asyncio.run(extension.get_node_list())
     return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in classes}
 
 
@@ -193,7 +196,7 @@ def test_demo_prompt_refuses_other_models(nodes: ModuleType) -> None:
 @pytest.mark.comfy
 def test_english_texts_are_those_of_the_schemas(nodes: ModuleType) -> None:
     expected = {}
-    for node_id, schema in schemas(nodes).items():
+    for node_id, schema in schemas(nodes, migration=True).items():
         expected[node_id] = {
             "display_name": schema.display_name,
             "description": schema.description,
@@ -203,6 +206,18 @@ def test_english_texts_are_those_of_the_schemas(nodes: ModuleType) -> None:
             },
         }
     assert json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8")) == expected
+
+
+@pytest.mark.comfy
+def test_every_node_has_a_help_page_that_names_its_inputs(nodes: ModuleType) -> None:
+    found = schemas(nodes, migration=True)
+    assert {path.stem for path in (ROOT / "web/docs").glob("*.md")} == set(found)
+    for node_id, schema in found.items():
+        page = (ROOT / "web/docs" / f"{node_id}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {schema.display_name}\n")
+        # The fifteen slots of the LoRA stack are described once.
+        names = {re.sub(r"_(\d+)$", "_1", entry.id) for entry in schema.inputs}
+        assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
