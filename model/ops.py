@@ -253,9 +253,10 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 moved = fn(parameter)
-                if moved.is_inference() and not torch.is_inference_mode_enabled():
-                    moved = moved.clone()
-                self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+                inner = moved._qdata if isinstance(moved, QuantizedTensor) else moved
+                # ComfyUI loads in inference mode and may unload outside of it, where such tensors are no parameters.
+                with torch.inference_mode(inner.is_inference()):
+                    self._parameters[name] = nn.Parameter(moved, requires_grad=False)
         return self
 
     # ---- patches

@@ -98,6 +98,30 @@ def test_int4_arithmetic_is_close_to_16bit(golden: Path, tiny, arguments, load, 
     assert 1e-3 < error < 0.05  # measured 0.027: activations are quantized, and this model's weights are random
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_moved_in_inference_mode_and_outside(checkpoint_path, load, inside: bool) -> None:
+    """ComfyUI runs prompts in inference mode, and unloads on request or at exit outside of it."""
+    import comfy.model_management as management
+    import comfy.sd
+
+    path = checkpoint_path("dev")
+    arguments = inputs(open_checkpoint(path))
+    with torch.inference_mode(inside):
+        patcher = load(str(path))
+        management.load_models_gpu([patcher])
+    with torch.inference_mode():
+        expected = forward(patcher, arguments)
+        hidden = patcher.model.diffusion_model.hidden_size
+        shapes = {"down": (4, hidden), "up": (3 * hidden, 4)}
+        lora = {
+            f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{side}.weight": torch.ones(*shape)
+            for side, shape in shapes.items()
+        }
+        forward(comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0], arguments)
+    management.unload_all_models()
+    assert torch.equal(forward(patcher, arguments), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["golden", *SYNTHETIC])
 def test_int4_kernels_agree_with_pytorch(variant: str, golden: Path, checkpoint_path, load, monkeypatch) -> None:
