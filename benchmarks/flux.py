@@ -8,7 +8,7 @@ as ComfyUI runs; times are medians.
 A row: wall_ms (the step, waited for; spread_ms from fastest to slowest) · host_ms (until Python has started all of it)
 · gpu_ms (sum of its kernels) · kernels · product_ms and so on (by kind of kernel) · longest (name, ms, count) ·
 weights_gib, peak_gib (allocated) · load_s (open and move to the GPU) · first_s (first step at this size) · distance
-(from bf16, relative) · same_bits (of all steps) · failed (why there is no row).
+(from bf16, relative) · same_bits (of all steps) · add_s and so on (see measure_lora) · failed (why there is no row).
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
         for size in map(int, args.sizes.split(",")):
             with without_low_rank(peer), torch.inference_mode():
                 row, out = measure(patcher, size, args.batch, options)
+                if peer.lora:
+                    row |= measure_lora(patcher, size, args.batch)
             if keep:
                 reference[size] = out
             elif size in reference and not peer.rank0:
@@ -109,8 +111,45 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
     return rows
 
 
-def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object]:
-    """(row, output float32 on the CPU) of one size."""
+def measure_lora(patcher, size: int, batch: int) -> dict:
+    """A LoRA of rank 16 on every quantized linear, through ComfyUI's own functions: seconds from the change to the end
+    of the first step (add_s, strength_s, remove_s), less a step as it is later on, and that one in ms (lora_ms)."""
+    import comfy.model_management as management
+    import comfy.sd
+    import torch
+    from flux_peers import random_lora
+
+    lora, values = random_lora(patcher.model.diffusion_model, rank=16), inputs(patcher, size, batch)
+
+    def run(model) -> float:
+        synchronize()
+        start = time.perf_counter()
+        management.load_models_gpu([model])
+        model.model.diffusion_model(**values)
+        synchronize()
+        return time.perf_counter() - start
+
+    def settled(model) -> float:
+        return statistics.median([run(model) for _ in range(STEPS)][3:])
+
+    def with_lora(strength: float):
+        return comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)[0]
+
+    plain, start = settled(patcher), time.perf_counter()
+    patched = with_lora(1.0)
+    added = time.perf_counter() - start + run(patched)
+    later, start = settled(patched), time.perf_counter()
+    stronger = with_lora(0.5)
+    changed = time.perf_counter() - start + run(stronger)
+    removed = run(patcher)
+    del patched, stronger
+    torch.cuda.empty_cache() if torch.cuda.is_available() else None
+    seconds = {"add_s": added - later, "strength_s": changed - later, "remove_s": removed - plain}
+    return {name: round(value, 3) for name, value in seconds.items()} | {"lora_ms": round(later * 1e3, 2)}
+
+
+def inputs(patcher, size: int, batch: int) -> dict:
+    """Arguments of a step on the model's device, in its type; the same for each size."""
     import torch
 
     generator = torch.Generator().manual_seed(size)
@@ -122,7 +161,14 @@ def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object
         "guidance": torch.full((batch,), 3.5),
     }
     values = {name: value.to(device, dtype) for name, value in values.items()}
-    values["timestep"] = torch.full((batch,), 0.7, device=device)
+    return values | {"timestep": torch.full((batch,), 0.7, device=device)}
+
+
+def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object]:
+    """(row, output float32 on the CPU) of one size."""
+    import torch
+
+    flux, values = patcher.model.diffusion_model, inputs(patcher, size, batch)
 
     def step() -> tuple[float, float, object]:
         """(seconds until Python is through, seconds until the GPU is, output)."""
@@ -136,7 +182,7 @@ def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object
     first = step()[1]
     for _ in range(3):  # a block starts as a graph from its third call on
         step()
-    cuda = device.type == "cuda"
+    cuda = patcher.load_device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     count = STEPS if first < 5 else 1

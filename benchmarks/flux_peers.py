@@ -22,13 +22,15 @@ Make = Callable[[Tensor, Tensor | None], nn.Module]
 class Peer:
     """label: for a table · linear: returns what makes a linear of dense weight and bias, or None for our own model ·
     compiled: whether it goes through torch.compile, others block by block · cudnn: attention by cuDNN's kernel ·
-    rank0: our model without its low-rank branches, for what these cost (its output is wrong) · needs: a package."""
+    rank0: our model without its low-rank branches, for what these cost (its output is wrong) · lora: whether changes
+    of a LoRA are measured too · needs: a package."""
 
     label: str
     linear: Callable[[], Make] | None = None
     compiled: bool = False
     cudnn: bool = False
     rank0: bool = False
+    lora: bool = False
     needs: str | None = None
 
 
@@ -96,6 +98,7 @@ _ROTATED = {"convrot": True, "convrot_groupsize": 256}
 PEERS = {
     "bf16": Peer("ComfyUI bf16", _bf16),
     "ours": Peer("this pack"),
+    "ours-lora": Peer("this pack, LoRA", lora=True),
     "ours-rank0": Peer("this pack without the low-rank branch", rank0=True),
     "bf16-cudnn": Peer("ComfyUI bf16, cuDNN attention", _bf16, cudnn=True),
     "fp8": Peer("ComfyUI fp8, scaled", _FP8),
@@ -149,6 +152,20 @@ def _cudnn_attention(function: Callable, q: Tensor, k: Tensor, v: Tensor, *args:
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return function(q, k, v, *args, **options)
+
+
+def random_lora(flux: nn.Module, rank: int) -> dict[str, Tensor]:
+    """A LoRA file's content in ComfyUI's own naming, on every quantized linear, on the CPU."""
+    from svdq.model.ops import QuantizedLinear, is_quantized
+
+    generator, lora = torch.Generator().manual_seed(0), {}
+    for name, module in flux.named_modules():
+        if isinstance(module, QuantizedLinear) and is_quantized(module.weight):
+            shapes = {"down": (rank, module.in_features), "up": (module.out_features, rank)}
+            for side, shape in shapes.items():
+                factor = torch.randn(*shape, generator=generator, dtype=torch.float32) * 0.02
+                lora[f"diffusion_model.{name}.lora_{side}.weight"] = factor.bfloat16()
+    return lora
 
 
 @contextmanager

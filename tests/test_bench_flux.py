@@ -28,7 +28,7 @@ def model(comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.comfy
 @pytest.mark.slow
 def test_rows_of_a_tiny_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    peers = ["bf16", "ours", "fp8"]
+    peers = ["bf16", "ours", "ours-lora", "fp8"]
     command = ["bench", "flux", "--model", str(model), "--sizes", "64,32", "--peers", ",".join(peers), "--json"]
     assert main(command) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -36,6 +36,7 @@ def test_rows_of_a_tiny_model(model: Path, capsys: pytest.CaptureFixture[str]) -
     for row in rows:
         assert "failed" not in row, row
         assert row["run"] == "cpu" and 0 < row["host_ms"] <= row["wall_ms"] and row["same_bits"]
+    assert all("lora_ms" in row for row in rows if row["peer"] == "ours-lora")
     distance = {row["peer"]: row["distance"] for row in rows if row["size"] == 64 and row["peer"] != "bf16"}
     # Without a GPU ours is the dequantized model itself, in float32 instead of bf16; fp8 has another error.
     assert 0 < distance["ours"] < 0.02 < distance["fp8"]
