@@ -180,12 +180,11 @@ def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object
         return host, time.perf_counter() - start, out
 
     first = step()[1]
-    for _ in range(3):  # a block starts as a graph from its third call on
-        step()
+    later = [step()[1] for _ in range(3)]  # a block starts as a graph from its third call on
     cuda = patcher.load_device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    count = STEPS if first < 5 else 1
+    count = STEPS if later[-1] < 5 else 1
     hosts, walls, outs = zip(*(step() for _ in range(count)), strict=True)
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     row = {

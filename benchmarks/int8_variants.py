@@ -1,9 +1,12 @@
-"""Every variant of the INT8 GEMM on the GPU of this machine: correctness first, then a table of rates.
+"""Rival tiles of the Hopper INT8 GEMM on the GPU of this machine, in the four calls of a FLUX block.
 
-    python3 benchmarks/int8_variants.py [name ...]      all variants, or those whose names begin so
+    python3 benchmarks/int8_variants.py [name ...]      all calls, or those named: qkv, proj, fc1, fc2, plain, linear1
 
-Each variant runs in a process of its own, so that one that does not compile, or hangs, costs its own rows only. All of
-them compile at once; then they have the GPU one after the other, each for at most LIMIT seconds.
+Each call has its real epilogue; plain and linear1 have none. A row of the table is one number of tokens: microseconds
+with each tile, with the tile that gemm_w8a8 chooses by itself, and of cuBLAS without epilogue and low-rank branch, all
+in one run. Results are checked against float64. Each column runs in a process of its own, so that one that does not
+compile, or hangs, costs its own column only. All of them compile at once; then they have the GPU one after the other,
+each for at most LIMIT seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,101 +25,39 @@ COMPILE_LIMIT = 45
 MOST_HANGING = 2  # then the rest is left out
 TOLERANCE = 2e-3  # of bf16 rounding, relative Frobenius norm
 RANK = 32
-# M, N, K, K2
-SHAPES = (
-    (4608, 9216, 3072, 0),
-    (4608, 3072, 3072, 0),
-    (4608, 12288, 3072, 0),
-    (4608, 21504, 3072, 0),
-    (4608, 3072, 12288, 0),
-    (4608, 3072, 3072, 12288),
-)
-MORE_SHAPES = (
-    (4096, 9216, 3072, 0),
-    (4096, 3072, 3072, 0),
-    (4096, 12288, 3072, 0),
-    (4096, 3072, 12288, 0),
-    (512, 9216, 3072, 0),
-    (512, 3072, 12288, 0),
-)
-# M, N, K, K2, rank, epilogue, unsigned: edges, pieces, two inputs
-ODD = (
-    (63, 384, 1152, 0, 48, "NORM_ROPE", False),
-    (1, 256, 768, 0, 0, "NONE", True),
-    (4685, 640, 384, 0, 16, "GELU", True),
-    (300, 3072, 3072, 0, 128, "GATE_RESIDUAL", False),
-    (130, 768, 128, 2048, 80, "GATE_RESIDUAL", True),
-    (2304, 9216, 3072, 0, 32, "NORM_ROPE", False),
-)
+TOKENS = (4608, 4096, 1536, 1024, 512)
+# N, K, epilogue, unsigned activation codes
+CALLS = {
+    "qkv": (9216, 3072, "NORM_ROPE", False),
+    "proj": (3072, 3072, "GATE_RESIDUAL", False),
+    "fc1": (12288, 3072, "GELU", False),
+    "fc2": (3072, 12288, "GATE_RESIDUAL", True),
+    "plain": (9216, 3072, "NONE", False),
+    "linear1": (21504, 3072, "NONE", False),
+}
+LIBRARY = "cuBLAS"  # instead of a tile
+SECONDS = 0.03  # of one measurement
 
 
-# unsigned, step, warps, stages
-EXPAND = (
-    (False, 8, 4, 1),
-    (False, 8, 4, 2),
-    (False, 8, 8, 2),
-    (False, 4, 4, 3),
-    (False, 4, 4, 1),
-    (False, 8, 4, 3),
-    (False, 16, 8, 2),
-    (True, 8, 4, 2),
-)
+def tiles(call_name: str) -> dict:
+    """Name -> tile of a column; None is what gemm_w8a8 chooses by itself."""
+    from svdq.kernels.tiles_int8 import HOPPER, NO_PIECES, choose_tile
 
-
-@dataclass(frozen=True)
-class Variant:
-    """tile: of the kernel · shapes: to be timed, and the first and last of them to be checked · rank, epilogue ·
-    odd: further problems to be checked · wrong: results are known to be wrong · run: a function instead of all that."""
-
-    tile: object = None
-    shapes: tuple = ()
-    rank: int = RANK
-    epilogue: str = "NONE"
-    odd: tuple = ()
-    wrong: bool = False
-    run: Callable[[], None] | None = None
-
-
-def variants() -> dict[str, Variant]:
-    """In the order of their importance."""
-    from svdq.kernels.tiles_int8 import HopperTile, Tile
-
-    qkv, proj, fc1, linear1, fc2, linear2 = SHAPES
-    whole = {"least_steps": 10**6}  # no pieces
-    own = HopperTile(rows=128, tm=128, tn=128, stages=5, **whole)
-    wide, square = Tile(128, 256, 128, 8, 3, tma=True), Tile(128, 128, 128, 8, 4, tma=True)
+    n, _, name, _ = CALLS[call_name]
+    if name == "NONE":
+        return {"chosen": None}
     return {
-        "shared": Variant(HopperTile(), (qkv, linear1)),
-        "shared-pieces": Variant(HopperTile(), (fc2, proj, fc1)),
-        "shared-second": Variant(HopperTile(), (linear2,)),
-        "odd-a": Variant(HopperTile(), odd=ODD[:2]),
-        "odd-b": Variant(HopperTile(), odd=ODD[2:4]),
-        "odd-c": Variant(HopperTile(), odd=ODD[4:]),
-        "whole": Variant(HopperTile(**whole), (fc2, proj, fc1)),
-        "own-128x128": Variant(own, (qkv, proj, fc2), odd=ODD[3:4]),
-        "gate": Variant(HopperTile(), (fc2, proj), epilogue="GATE_RESIDUAL"),
-        "gelu": Variant(HopperTile(), (fc1,), epilogue="GELU"),
-        "norm-rope": Variant(HopperTile(), (qkv,), epilogue="NORM_ROPE"),
-        "second-gate": Variant(HopperTile(), (linear2,), epilogue="GATE_RESIDUAL"),
-        "skew0": Variant(HopperTile(skew=0, **whole), (qkv, fc2)),
-        "skew3": Variant(HopperTile(skew=3, **whole), (qkv, fc2)),
-        "probe-no-loads": Variant(HopperTile(probe=1, **whole), (qkv, fc2), wrong=True),
-        "probe-no-weights": Variant(HopperTile(probe=2, **whole), (qkv, fc2), wrong=True),
-        "group16": Variant(HopperTile(group_m=16, **whole), (qkv, fc2)),
-        "rank0": Variant(HopperTile(**whole), (qkv, fc2), rank=0),
-        "own-gelu": Variant(own, (fc1,), epilogue="GELU"),
-        "small-m": Variant(HopperTile(), MORE_SHAPES[4:]),
-        "triton-wide": Variant(wide, (qkv, fc2, proj)),
-        "triton-square": Variant(square, (qkv, fc2, proj, linear2)),
-        "reference": Variant(run=run_reference),
-        "expand": Variant(run=run_expand),
+        "chosen": None,
+        "whole": NO_PIECES,
+        "pieces": replace(HOPPER, join=0),  # wherever they make the list of work shorter
+        "triton": choose_tile(4608, n, "sm_90", epilogue=name),
     }
 
 
-# ---- one variant
+# ---- one column
 
 
-def problem(m: int, n: int, k: int, k2: int, rank: int, unsigned: bool = False, seed: int = 0):
+def problem(m: int, n: int, k: int, unsigned: bool, seed: int = 0):
     """Operands on the GPU, heavy-tailed."""
     import torch
 
@@ -133,24 +73,18 @@ def problem(m: int, n: int, k: int, k2: int, rank: int, unsigned: bool = False, 
     def scales(count: int, size: float):
         return (torch.rand(count, generator=g, device="cuda") + 0.2) * size
 
-    def operand(columns: int, flag: bool):
-        q = codes(n, columns)
-        weight = W8(q, scales(n, 1e-2 * columns**-0.5), q.sum(dim=1, dtype=torch.int32), flag)
-        return codes(m, columns), scales(m, 1e-2), weight
-
-    first = operand(k, unsigned)
-    second = operand(k2, not unsigned) if k2 else None
-    lora_act = torch.randn(m, rank, generator=g, device="cuda").bfloat16()
-    proj_up = (torch.randn(n, rank, generator=g, device="cuda") * 0.3).bfloat16()
+    q = codes(n, k)
+    weight = W8(q, scales(n, 1e-2 * k**-0.5), q.sum(dim=1, dtype=torch.int32), unsigned)
+    lora_act = torch.randn(m, RANK, generator=g, device="cuda").bfloat16()
+    proj_up = (torch.randn(n, RANK, generator=g, device="cuda") * 0.3).bfloat16()
     bias = torch.randn(n, generator=g, device="cuda").bfloat16()
-    return first, second, lora_act, proj_up, bias
+    return codes(m, k), scales(m, 1e-2), lora_act, weight, proj_up, bias
 
 
-def call(tile, operands, after=None, out=None):
+def call(tile, operands, after=None):
     from svdq.kernels.gemm_int8 import gemm_w8a8
 
-    (codes, scales, weight), second, lora_act, proj_up, bias = operands
-    return gemm_w8a8(codes, scales, lora_act, weight, proj_up, bias, after=after, out=out, second=second, tile=tile)
+    return gemm_w8a8(*operands, after=after, tile=tile)
 
 
 def epilogue(name: str, m: int, n: int):
@@ -187,18 +121,14 @@ def epilogue(name: str, m: int, n: int):
 
 def exact(operands):
     """float64 of the integer products and everything else."""
-    first, second, lora_act, proj_up, bias = operands
-    y = lora_act.double() @ proj_up.double().t() + bias.double()
-    for part in (first, second):
-        if part is not None:
-            codes, scales, weight = part
-            act = codes.double() + 128 * weight.act_unsigned
-            y += (act @ weight.q.double().t()) * scales.double()[:, None] * weight.scales.double()
-    return y
+    codes, scales, lora_act, weight, proj_up, bias = operands
+    sums = (codes.double() + 128 * weight.act_unsigned) @ weight.q.double().t()
+    return sums * scales.double()[:, None] * weight.scales.double() + lora_act.double() @ proj_up.double().t() + bias
 
 
-def error(tile, m, n, k, k2, rank, name="NONE", unsigned=False) -> float:
-    operands = problem(m, n, k, k2, rank, unsigned)
+def error(tile, m: int, n: int, k: int, name: str, unsigned: bool) -> float:
+    """Relative distance to float64; negative if one value is far off or a second run differs."""
+    operands = problem(m, n, k, unsigned)
     after, function = epilogue(name, m, n)
     expected = function(exact(operands))
     out = call(tile, operands, after)
@@ -210,7 +140,7 @@ def error(tile, m, n, k, k2, rank, name="NONE", unsigned=False) -> float:
     return distance if same and worst < 1 else -max(distance, worst)
 
 
-def microseconds(functions, seconds: float = 0.06) -> float:
+def microseconds(functions, seconds: float = SECONDS) -> float:
     """Median time of a call in CUDA graphs of one call of each function."""
     import torch
 
@@ -237,20 +167,14 @@ def microseconds(functions, seconds: float = 0.06) -> float:
     return statistics.median(times)
 
 
-def report(name: str, shape: tuple, us: float) -> None:
-    m, n, k, k2 = shape
-    what = f"{m:5} x {n:5} x {f'{k}+{k2}' if k2 else k:>10}"
-    print(f"{name:16} {what} {us:8.1f} us {2e-6 * m * n * (k + k2) / us:6.0f} TOPS", flush=True)
-
-
-def run_reference() -> None:
+def run_reference(call_name: str) -> None:
     import torch
 
-    for shape in SHAPES:
-        m, n, k, k2 = shape
-        a = [torch.randn(m, k + k2, device="cuda").bfloat16() for _ in range(3)]
-        b = [torch.randn(n, k + k2, device="cuda").bfloat16() for _ in range(3)]
-        report("bf16 cuBLAS", shape, microseconds([lambda x=x, y=y: x @ y.t() for x, y in zip(a, b, strict=True)]))
+    n, k, _, _ = CALLS[call_name]
+    for m in TOKENS:
+        a = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(3)]
+        b = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(3)]
+        result(m, "bf16", microseconds([lambda x=x, y=y: x @ y.t() for x, y in zip(a, b, strict=True)]))
         a = [x.to(torch.float8_e4m3fn) for x in a]
         b = [x.to(torch.float8_e4m3fn) for x in b]
         sa = torch.ones(m, 1, device="cuda")
@@ -259,79 +183,39 @@ def run_reference() -> None:
             partial(torch._scaled_mm, x, y.t(), sa, sb, out_dtype=torch.bfloat16, use_fast_accum=True)
             for x, y in zip(a, b, strict=True)
         ]
-        report("fp8 row-wise", shape, microseconds(calls))
+        result(m, "fp8", microseconds(calls))
 
 
-def run_expand() -> None:
-    import torch
-
-    from svdq.kernels import reference
-    from svdq.kernels.int4 import W4A4
-    from svdq.kernels.weights_int8 import expand_w4_to_int8
-
-    for n, k in ((9216, 3072), (3072, 12288), (3072, 3072), (21504, 3072)):
-        layers = []
-        for unsigned in (False, True):
-            g = torch.Generator(device="cuda").manual_seed(0)
-            weight = W4A4(
-                q=torch.randint(-8, 8, (n, k), generator=g, device="cuda").to(torch.int8),
-                wscales=(torch.rand(n, k // 64, generator=g, device="cuda") * 0.02 + 0.001).bfloat16(),
-                smooth_factor=torch.ones(k, device="cuda").bfloat16(),
-                proj_down=torch.zeros(16, k, device="cuda").bfloat16(),
-                proj_up=torch.zeros(n, 16, device="cuda").bfloat16(),
-                act_unsigned=unsigned,
-            )
-            packed = weight.pack()
-            got = expand_w4_to_int8(packed)
-            q, scales, _ = reference.expand_w4_to_int8(weight)
-            off = (got.q.int() - q.int()).abs()
-            right = off.max().item() <= 1 and off.float().mean().item() < 1e-4 and torch.equal(got.scales, scales)
-            if unsigned:
-                right &= torch.equal(got.sums, got.q.sum(dim=1, dtype=torch.int32))
-            print(f"expand {n} x {k} unsigned={unsigned}: {'right' if right else 'WRONG'}, {off.sum().item()} off")
-            layers.append(packed)
-        out = torch.empty(4, n, k, dtype=torch.int8, device="cuda")
-        source = torch.empty(4, n, k * 3 // 4, dtype=torch.int8, device="cuda")
-        us = microseconds([source[i].clone for i in range(4)], 0.05)
-        print(f"  copy of as many bytes {us:6.1f} us {1.5e-6 * n * k / us:5.2f} TB/s")
-        for unsigned, step, warps, stages in EXPAND:
-            expand = partial(expand_w4_to_int8, layers[unsigned], step=step, warps=warps, stages=stages)
-            calls = [partial(expand, out=out[i]) for i in range(4)]
-            us = microseconds(calls, 0.05)
-            what = f"unsigned={unsigned} step={step} warps={warps} stages={stages}"
-            print(f"  {what} {us:6.1f} us {1.5e-6 * n * k / us:5.2f} TB/s", flush=True)
+def result(m: int, column: str, us: float) -> None:
+    """For the parent process."""
+    print(f"RESULT {m} {us} {column}", flush=True)
 
 
-def run_variant(name: str) -> None:
+def run_column(call_name: str, column: str) -> None:
     import torch
 
     torch.cuda.init()
-    variant = variants()[name]
-    if variant.run is run_expand:
-        warm_expand()
-    elif variant.run is None:
-        warm(variant)
+    if column != LIBRARY:
+        warm(call_name, tiles(call_name)[column])
     print("READY", flush=True)
     input()
-    variant.run() if variant.run else measure(name, variant)
+    if column == LIBRARY:
+        run_reference(call_name)
+    else:
+        measure(call_name, column)
     torch.cuda.synchronize()
 
 
-def problems(v: Variant) -> list[tuple]:
-    """What is checked."""
-    edges = [] if v.wrong else v.shapes[:1]
-    return [*v.odd, *((*shape, v.rank, v.epilogue, False) for shape in edges)]
-
-
-def measure(name: str, v: Variant) -> None:
-    for m, n, k, k2, rank, epilogue_name, unsigned in problems(v):
-        e = error(v.tile, m, n, k, k2, rank, epilogue_name, unsigned)
-        what = f"M={m} N={n} K={k}+{k2} R={rank} {epilogue_name}{' unsigned' if unsigned else ''}"
-        print(f"{name:16} {what}: {e:.2e} {'right' if 0 <= e <= TOLERANCE else 'WRONG'}", flush=True)
-    for shape in v.shapes:
-        sets = [problem(*shape, v.rank, seed=seed) for seed in range(3)]
-        after, _ = epilogue(v.epilogue, *shape[:2])
-        report(name, shape, microseconds([lambda s=s, after=after: call(v.tile, s, after) for s in sets]))
+def measure(call_name: str, column: str) -> None:
+    n, k, name, unsigned = CALLS[call_name]
+    tile = tiles(call_name)[column]
+    for m in TOKENS:
+        e = error(tile, m, n, k, name, unsigned)
+        if not 0 <= e <= TOLERANCE:
+            print(f"{call_name} {m} {column}: WRONG, {e:.2e}", flush=True)
+        sets = [problem(m, n, k, unsigned, seed) for seed in range(3)]
+        after, _ = epilogue(name, m, n)
+        result(m, column, microseconds([lambda s=s, after=after: call(tile, s, after) for s in sets]))
 
 
 class Warm:
@@ -344,55 +228,34 @@ class Warm:
         return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
 
 
-def warm(v: Variant) -> None:
+def warm(call_name: str, tile) -> None:
     """Compile what will be needed, without using the GPU, which another process may be measuring."""
     from svdq.kernels import gemm_int8, gluon_hopper
 
+    n, k, name, unsigned = CALLS[call_name]
     kernels = [(gemm_int8, "_gemm_w8a8_kernel"), (gluon_hopper, "gemm_w8a8_hopper_kernel")]
     originals = [getattr(*place) for place in kernels]
-    for (module, name), kernel in zip(kernels, originals, strict=True):
-        setattr(module, name, Warm(kernel))
-    for m, n, k, k2, rank, name, unsigned in {
-        *problems(v),
-        *((*shape, v.rank, v.epilogue, False) for shape in v.shapes),
-    }:
-        call(v.tile, empty_problem(m, n, k, k2, rank, unsigned), empty_after(name, m, n))
-    for (module, name), kernel in zip(kernels, originals, strict=True):
-        setattr(module, name, kernel)
+    for (module, kernel_name), kernel in zip(kernels, originals, strict=True):
+        setattr(module, kernel_name, Warm(kernel))
+    for m in TOKENS:
+        call(tile, empty_problem(m, n, k, unsigned), empty_after(name, m, n))
+    for (module, kernel_name), kernel in zip(kernels, originals, strict=True):
+        setattr(module, kernel_name, kernel)
 
 
-def warm_expand() -> None:
-    import torch
-
-    from svdq.kernels import weights_int8
-    from svdq.kernels.int4 import PackedW4A4
-
-    kernel = weights_int8._expand_kernel
-    weights_int8._expand_kernel = Warm(kernel)
-    for unsigned, step, warps, stages in EXPAND:
-        shapes = ((48, 128), (3072, 16), (128, 16))
-        bf16 = [torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-        qweight = torch.empty(128, 1536, dtype=torch.int8, device="cuda")
-        weight = PackedW4A4(qweight, bf16[0], bf16[0][0], bf16[1], bf16[2], unsigned)
-        weights_int8.expand_w4_to_int8(weight, step=step, warps=warps, stages=stages)
-    weights_int8._expand_kernel = kernel
-
-
-def empty_problem(m: int, n: int, k: int, k2: int, rank: int, unsigned: bool):
+def empty_problem(m: int, n: int, k: int, unsigned: bool):
     """As ``problem``, without values."""
     import torch
 
     from svdq.kernels.weights_int8 import W8
 
-    def operand(columns: int, flag: bool):
-        q = torch.empty(n, columns, dtype=torch.int8, device="cuda")
-        sums = torch.empty(n, dtype=torch.int32, device="cuda")
-        codes = torch.empty(m, columns, dtype=torch.int8, device="cuda")
-        return codes, torch.empty(m, device="cuda"), W8(q, torch.empty(n, device="cuda"), sums, flag)
+    def empty(*shape: int, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="cuda")
 
-    low_rank = [torch.empty(rows, rank, dtype=torch.bfloat16, device="cuda") for rows in (m, n)]
-    bias = torch.empty(n, dtype=torch.bfloat16, device="cuda")
-    return operand(k, unsigned), operand(k2, not unsigned) if k2 else None, *low_rank, bias
+    q, sums = empty(n, k, dtype=torch.int8), empty(n, dtype=torch.int32)
+    weight = W8(q, empty(n, dtype=torch.float32), sums, unsigned)
+    codes, scales = empty(m, k, dtype=torch.int8), empty(m, dtype=torch.float32)
+    return codes, scales, empty(m, RANK), weight, empty(n, RANK), empty(n)
 
 
 def empty_after(name: str, m: int, n: int):
@@ -414,12 +277,14 @@ def empty_after(name: str, m: int, n: int):
 
 
 class Child:
-    """The process of one variant; its lines are printed as they come."""
+    """The process of one column; its results are kept, its other lines are printed as they come."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, call_name: str, column: str):
+        self.name = f"{call_name} {column}"
+        self.call_name = call_name
+        self.results: dict[tuple[int, str], float] = {}  # (tokens, column) -> microseconds
         self.ready = threading.Event()
-        command = [sys.executable, __file__, "--variant", name]
+        command = [sys.executable, __file__, "--column", call_name, column]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, text=True, **pipes)
         self.reader = threading.Thread(target=self._read)
@@ -429,6 +294,9 @@ class Child:
         for line in self.process.stdout:
             if line.startswith("READY"):
                 self.ready.set()
+            elif line.startswith("RESULT "):
+                _, m, us, column = line.rstrip().split(" ", 3)
+                self.results[int(m), column] = float(us)
             else:
                 print(line, end="", flush=True)
         self.ready.set()
@@ -443,31 +311,46 @@ class Child:
                 self.process.wait(LIMIT)
             except subprocess.TimeoutExpired:
                 hangs = True
-                print(f"{self.name:16} FAILED: still running after {LIMIT} s", flush=True)
+                print(f"{self.name}: FAILED, still running after {LIMIT} s", flush=True)
         self.process.kill()
         code = self.process.wait()
         if code not in (0, -9):
-            print(f"{self.name:16} FAILED with status {code}", flush=True)
+            print(f"{self.name}: FAILED with status {code}", flush=True)
         self.reader.join()
         return not hangs
 
 
+def print_table(call_name: str, children: list[Child]) -> None:
+    results = {key: us for child in children for key, us in child.results.items()}
+    columns = list(dict.fromkeys(column for _, column in results))
+    n, k, name, _ = CALLS[call_name]
+    print(f"{call_name}: N={n} K={k} {name}, us; TOPS of the chosen")
+    print("    M" + "".join(f"{column:>8}" for column in columns))
+    for m in TOKENS:
+        row = "".join(f"{results[m, column]:8.1f}" if (m, column) in results else "       -" for column in columns)
+        chosen = results.get((m, "chosen"))
+        print(f"{m:5}{row}" + (f"{2e-6 * m * n * k / chosen:6.0f}" if chosen else ""), flush=True)
+
+
 def main(names: list[str]) -> None:
     begin = time.time()
-    chosen = [name for name in variants() if not names or any(name.startswith(n) for n in names)]
-    children = [Child(name) for name in chosen]
+    names = names or list(CALLS)
+    children = [Child(name, column) for name in names for column in (*tiles(name), LIBRARY)]
     for child in children:
         child.ready.wait(max(0.0, begin + COMPILE_LIMIT - time.time()))
         if not child.ready.is_set():
-            print(f"{child.name:16} FAILED: not compiled after {COMPILE_LIMIT} s", flush=True)
+            print(f"{child.name}: FAILED, not compiled after {COMPILE_LIMIT} s", flush=True)
     print(f"compiled after {time.time() - begin:.0f} s", flush=True)
     hanging = 0
-    for child in children:
-        if hanging < MOST_HANGING:
-            hanging += not child.measure()
-        else:
-            child.process.kill()
-            child.reader.join()
+    for name in names:
+        group = [child for child in children if child.call_name == name]
+        for child in group:
+            if hanging < MOST_HANGING:
+                hanging += not child.measure()
+            else:
+                child.process.kill()
+                child.reader.join()
+        print_table(name, group)
     print(f"{time.time() - begin:.0f} s")
 
 
@@ -475,7 +358,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import conftest  # noqa: F401  makes the clone importable as svdq
 
-    if sys.argv[1:2] == ["--variant"]:
-        run_variant(sys.argv[2])
+    if sys.argv[1:2] == ["--column"]:
+        run_column(sys.argv[2], sys.argv[3])
     else:
         main(sys.argv[1:])

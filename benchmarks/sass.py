@@ -163,6 +163,7 @@ def quantize_figures(
         "WM": cut.warps_m,
         "WK": cut.warps_k,
         "SLAB": cut.staged // cut.warps_k,
+        "BUFFERS": cut.buffers(ranks),
         "PIECES": triton.next_power_of_2(cut.pieces) if ranks else 1,
     }
     aligned = {*pointers, "K", "R", "stride_x"}
@@ -170,17 +171,41 @@ def quantize_figures(
     return compile_for(quantize_kernel, pointers | sizes, constants, arch, warps, aligned, mma="HMNMX2")
 
 
-def quantize_int8_figures(arch: str, dtype: str = "bf16", act_unsigned: bool = False, norm: bool = False) -> Figures:
-    """The quantize kernel of the INT8 mode as quantize_act_int8 launches it."""
-    from svdq.kernels.int4 import SHIFT
-    from svdq.kernels.quantize_int8 import quantize_int8_kernel
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132}  # of the largest, or the most common
 
-    names = ("x_ptr", "smooth_ptr", "proj_down_ptr", "modulation_ptr", "shift_ptr", "codes_ptr")
-    pointers = dict.fromkeys(names, "*i32") | {"scales_ptr": "*fp32", "lora_act_ptr": "*i32"}
-    sizes = dict.fromkeys(("M", "K", "R", "stride_xm", "rows_per_modulation", "stride_modulation"), "i32")
-    constants = {"NORM": norm, "SHIFT_BY": SHIFT if act_unsigned else 0.0, "T": {"bf16": 0, "fp16": 1}[dtype]}
-    aligned = {*pointers, "K", "R", "stride_xm", "stride_modulation"}
-    return compile_for(quantize_int8_kernel, pointers | sizes, constants, arch, 8, aligned, mma="HMMA", maxnreg=128)
+
+def quantize_int8_figures(
+    arch: str,
+    dtype: str = "bf16",
+    act_unsigned: bool = False,
+    norm: bool = False,
+    m: int = 4608,
+    k: int = 3072,
+    rank: int = 32,
+    codes: bool = True,
+) -> Figures:
+    """The quantize kernel of the INT8 mode as quantize_act_int8 launches it for m rows; rank: up to 64 · codes: False
+    for a launch that adds low-rank columns. Its main loop: two steps."""
+    from svdq.kernels.quantize_int8 import choose_cut, quantize_int8_kernel
+
+    cut = choose_cut(m, 1, k, rank // 16, MULTIPROCESSORS[arch], arch)
+    names = ("x_ptr", "smooth_ptr", "proj_down_ptr", "scale_ptr", "shift_ptr", "codes_ptr")
+    pointers = dict.fromkeys(names, "*i32") | {"scales_ptr": "*fp32", "lora_act_ptr": f"*{dtype}"}
+    pointers |= {"parts_ptr": "*fp32", "low_rank_ptr": "*fp32", "arrived_ptr": "*i32"}
+    aligned = ("K", "stride_x", "stride_lora", "stride_modulation")
+    sizes = dict.fromkeys((*aligned, "rows_per_batch", "blocks_per_batch"), "i32")
+    constants = {
+        "NORM": norm,
+        "UNSIGNED": act_unsigned,
+        "CODES": codes,
+        "T": {"bf16": 0, "fp16": 1}[dtype],
+        "XORSIGN": dtype == "bf16" and arch != "sm_80",
+        "RT": rank // 16,
+        **cut.constants(k),
+    }
+    return compile_for(
+        quantize_int8_kernel, pointers | sizes, constants, arch, cut.warps, {*pointers, *aligned}, mma="HMMA"
+    )
 
 
 def gemv_figures(arch: str, dtype: str = "bf16", rows: int = 1) -> Figures:
@@ -211,6 +236,34 @@ def gemm_gelu_quantize_figures(tile, arch: str, dtype: str = "bf16") -> Figures:
     }
     aligned = {*pointers, "N", "K", "R", "NEXT_R"}
     return compile_for(gemm_gelu_quantize_kernel, pointers | sizes, constants, arch, tile.warps, aligned)
+
+
+def gemm_int8_hopper_figures(tile) -> Figures:
+    """The INT8 GEMM of sm_90 with one HopperTile, in bf16 and with a low-rank branch."""
+    from triton.experimental.gluon import language as gl
+
+    from svdq.kernels.epilogue import KINDS
+    from svdq.kernels.gluon_hopper import gemm_w8a8_hopper_kernel as kernel
+
+    def matrix(kind: str, columns: int, width: int) -> str:
+        layout = gl.NVMMASharedLayout(min(128, columns * width), width * 8, 2)
+        return f"tensordesc<{kind}[128, {columns}],{layout!r}>"
+
+    def kind(name: str) -> str:
+        if not name.endswith("_ptr"):
+            return "i32"
+        if "sums" in name or "counter" in name or ("partial" in name and not tile.second):
+            return "*i32"
+        return "*fp32" if "scales" in name or "partial" in name else "*bf16"
+
+    types = dict.fromkeys(("a_desc", "w_desc", "a2_desc", "w2_desc"), matrix("i8", 128, 1))
+    types |= dict.fromkeys(("lora_desc", "up_desc"), matrix("bf16", 32, 2))
+    types |= dict.fromkeys(("beside_desc", "out_desc"), matrix("bf16", 64, 2))
+    if KINDS[tile.epilogue] == "NORM_ROPE":
+        types["beside_desc"] = matrix("fp32", 64, 4)
+    signature = {name: types.get(name) or kind(name) for name in kernel.arg_names if name != "C"}
+    aligned = {name for name, kind in signature.items() if kind[0] == "*"} | {"N"}
+    return compile_for(kernel, signature, {"C": tile}, "sm_90", 4, aligned, "IGMMA")
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

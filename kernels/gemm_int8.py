@@ -6,7 +6,7 @@ Contract: ``reference.quantize_act_int8``, ``expand_w4_to_int8`` and ``gemm_w8a8
 matrices with K contiguous, as INT8 tensor cores want both operands. The integer sum is exact; what follows is float32
 and is rounded once. Unsigned activation codes c stand for c + 128: 128 times a weight row's sum joins the integer sum.
 
-Two kernels: the one here, in plain Triton, and ``gluon_hopper.py`` for sm_90, only where its tile is asked for. Weights
+Two kernels: the one here, in plain Triton, and ``gluon_hopper.py`` for sm_90 with the Triton it is written for. Weights
 are made from the INT4 checkpoint by ``weights_int8.py``: for good, or into a scratch buffer just before each GEMM.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from .device import describe
 from .epilogue import KINDS, After, require
 from .int4 import RANK_MULTIPLE
-from .tiles_int8 import HopperTile, Tile, choose_tile, plan_items
+from .tiles_int8 import BLOCK, HOPPER, NO_PIECES, HopperTile, Tile, choose_tile, plan_items
 from .weights_int8 import W8
 
 HEAD = tl.constexpr(128)
@@ -31,6 +31,8 @@ EPS = tl.constexpr(1e-6)
 _GELU = tl.constexpr(1)  # numbers of epilogue.KINDS
 _GATE_RESIDUAL = tl.constexpr(2)
 _NORM_ROPE = tl.constexpr(3)
+
+HOPPER_TRITON = "3.6."  # versions that compile gluon_hopper.py begin so: Gluon's names change from one to the next
 
 
 # ---- the plain Triton kernel
@@ -229,46 +231,37 @@ def _run_triton(tile: Tile, call: _Call) -> None:
 
 def _run_hopper(tile: HopperTile, call: _Call) -> None:
     """The kernel of ``gluon_hopper.py``; of ``tile`` what depends on the operands is filled in here."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from . import gluon_hopper
 
     (codes, scales, w), (codes2, scales2, w2) = call.first, call.second or call.first
     m, n = call.out.shape
     rank = call.proj_up.shape[1]
     steps1, steps2 = w.k // 128, w2.k // 128 if call.second else 0
-    plan = plan_items(m, n, steps1 + steps2, tile, multiprocessors(codes.device.index))
-    ranks = next((r for r in (16, 32) if rank <= r), 64) if rank else 0
+    # Sums of pieces that belong to inputs with different scales could not be added up.
+    cut = NO_PIECES if call.second else tile
+    plan = plan_items(m, n, steps1 + steps2, cut, multiprocessors(codes.device.index))
     tile = replace(
         tile,
-        ranks=ranks,
+        join=0,
+        ranks=min(64, triton.next_power_of_2(rank)) if rank else 0,
         second=call.second is not None,
         unsigned=w.act_unsigned,
         unsigned2=w2.act_unsigned,
-        bias=call.bias is not None,
         epilogue=KINDS.index(call.after.name),
         one_gate=call.rows_per_gate == m,
-        split=plan.pieces > 1,
-        least_steps=0,
-        skew=tile.skew if plan.least_steps(steps1 + steps2) > tile.skew else 0,
     )
-    partial, counter = call.out, call.out
-    if plan.partial_elements(tile):
-        partial = torch.empty(plan.partial_elements(tile), dtype=torch.float32, device=codes.device)
-    if tile.split:
-        counter = torch.zeros(plan.split_blocks * 2, dtype=torch.int32, device=codes.device)
+    counter = partial = _arrivals(codes.device)
+    elements = plan.partial_elements(tile.second)
+    if elements:
+        partial = torch.empty(elements, dtype=torch.float32 if tile.second else torch.int32, device=codes.device)
 
-    def describe_matrix(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-        width = columns * matrix.element_size()
-        layout = gl.NVMMASharedLayout(width, matrix.element_size() * 8, 2)
-        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
-
-    a, b = describe_matrix(codes, tile.rows, 128), describe_matrix(w.q, tile.tn, 128)
-    a2, b2 = (describe_matrix(codes2, tile.rows, 128), describe_matrix(w2.q, tile.tn, 128)) if call.second else (a, b)
+    a, b = _describe_matrix(codes, 128), _describe_matrix(w.q, 128)
+    a2, b2 = (_describe_matrix(codes2, 128), _describe_matrix(w2.q, 128)) if call.second else (a, b)
     lora, up = a, b
     if rank:
-        lora, up = describe_matrix(call.lora_act, tile.rows, ranks), describe_matrix(call.proj_up, tile.tn, ranks)
+        lora, up = _describe_matrix(call.lora_act, tile.ranks), _describe_matrix(call.proj_up, tile.ranks)
+    bias, gate, residual, norm_q, norm_k, rotary = call.after_tensors
+    beside = residual if call.after.rotary is None else rotary.view(m, -1)
     gluon_hopper.gemm_w8a8_hopper_kernel[(plan.grid,)](
         a,
         b,
@@ -276,14 +269,18 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
         b2,
         lora,
         up,
-        describe_matrix(call.out, tile.tm, 64),
+        _describe_matrix(beside, 64),
+        _describe_matrix(call.out, 64),
         scales,
         w.scales,
         w.sums,
         scales2,
         w2.scales,
         w2.sums,
-        *call.after_tensors,
+        bias,
+        gate,
+        norm_q,
+        norm_k,
         partial,
         counter,
         m,
@@ -295,9 +292,51 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
         plan.pieces,
         plan.items,
         call.rows_per_gate,
+        0 if call.bias is None else n,
         C=tile,
         num_warps=4,
     )
+
+
+def _describe_matrix(matrix: Tensor, columns: int):
+    """What the copy engine needs to know to load or store BLOCK rows and ``columns`` columns of a matrix."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _staged_layout(columns, matrix.element_size())
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [BLOCK, columns], layout)
+
+
+@functools.cache
+def _staged_layout(columns: int, width: int):
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(min(128, columns * width), width * 8, 2)
+
+
+def takes_hopper(out: Tensor, dtype: torch.dtype, architecture: str) -> bool:
+    """Whether the Hopper kernel can write ``out``. dtype: of the low-rank factors."""
+    if architecture != "sm_90" or not triton.__version__.startswith(HOPPER_TRITON) or out.dtype != dtype:
+        return False
+    return out.data_ptr() % 16 == 0 and out.stride(0) * out.element_size() % 16 == 0  # as the copy engine wants it
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters of finished pieces, int32, 0 before and after every call: zeroing them would be a kernel of its own.
+
+    One set for each stream, and one for all CUDA graphs of a device: graphs that contain this kernel cannot run side by
+    side.
+    """
+    of_graphs = _zeros(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return of_graphs
+    return _zeros(device, torch.cuda.current_stream(device).cuda_stream + 1)
+
+
+@functools.cache
+def _zeros(device: torch.device, key: int) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("gemm_w8a8: call it once before it is captured in a CUDA graph")
+    return torch.zeros(4 * multiprocessors(device.index), dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -329,9 +368,8 @@ def gemm_w8a8(
     which rows may be apart; its type is then out_dtype · second: codes [M, K2], scales [M] and weight [N, K2] of a
     second input whose product is added before anything is rounded; lora_act and proj_up then hold both low-rank
     branches side by side · tile: for tests and benchmarks; a HopperTile asks for the kernel of gluon_hopper.py, which
-    has not run to its end on a GPU yet, needs Triton 3.6 and writes 16-bit outputs only. Returns [M, N] in
-    ``out_dtype`` (bf16, fp16 or float32, default T); fp16 saturates at 65504. N, K and K2 are multiples of 128, R of
-    16. Raises ValueError where operands do not fit.
+    writes T only. Returns [M, N] in ``out_dtype`` (bf16, fp16 or float32, default T); fp16 saturates at 65504. N, K and
+    K2 are multiples of 128, R of 16. Raises ValueError where operands do not fit.
     """
     m, rank = lora_act.shape
     n = weight.n
@@ -366,6 +404,8 @@ def gemm_w8a8(
     call = _Call((codes, scales, weight), second, lora_act, proj_up, bias, after, out)
     architecture = describe(codes.device).architecture
     with torch.cuda.device_of(codes):
-        tile = tile or choose_tile(m, n, architecture, second is not None, after.name)
+        if tile is None:
+            plain = choose_tile(m, n, architecture, second is not None, after.name)
+            tile = HOPPER if takes_hopper(out, dtype, architecture) else plain
         _run_triton(tile, call) if isinstance(tile, Tile) else _run_hopper(tile, call)
     return out

@@ -21,12 +21,18 @@ def _has_reinterpret():
 
 
 @gluon.jit
+def view_as(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """A shared memory buffer with another shape and layout."""
+    if _has_reinterpret():
+        return memory.reinterpret(dtype, shape, layout)
+    else:
+        return memory._reinterpret(dtype, shape, layout)
+
+
+@gluon.jit
 def store_as(memory, values, layout: gl.constexpr):
     """Store all of a shared memory buffer in another layout than its parts are read in."""
-    if _has_reinterpret():
-        memory.reinterpret(values.dtype, values.shape, layout).store(values)
-    else:
-        memory._reinterpret(values.dtype, values.shape, layout).store(values)
+    view_as(memory, values.dtype, values.shape, layout).store(values)
 
 
-__all__ = ["async_copy", "async_load", "barrier", "gl", "gluon", "store_as"]
+__all__ = ["async_copy", "async_load", "barrier", "gl", "gluon", "store_as", "view_as"]

@@ -9,7 +9,7 @@ Vocabulary: part, one PackedW4A4 of a layer in file order · T the 16-bit type o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .gemm_int8 import gemm_w8a8
 from .gemm_quantize import gemm_gelu_quantize
 from .gemv import MAX_ROWS, gemv_w4a16
 from .int4 import PackedAWQ, PackedW4A4
+from .layout import concat_lowrank
 from .low_rank import natural_factors
 from .quantize import MAX_RANK, Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
@@ -38,6 +39,17 @@ class Layers(ABC):
     @abstractmethod
     def quantize(self, x: Tensor, part: PackedW4A4, modulation: Modulation | None = None) -> Any:
         """x T [M, K], rows contiguous, modulated if so asked, as the input of ``part``."""
+
+    def quantize_for(self, x: Tensor, parts: tuple[PackedW4A4, ...], modulation: Modulation | None = None) -> tuple:
+        """x as the input of each of ``parts``; made once if their smooth_factor is the same tensor."""
+        alike = all(part.smooth_factor is parts[0].smooth_factor and not part.act_unsigned for part in parts)
+        if alike and (self.max_rank is None or sum(part.rank for part in parts) <= self.max_rank):
+            return self._quantize_once(x, parts, modulation)
+        return tuple(self.quantize(x, part, modulation) for part in parts)
+
+    @abstractmethod
+    def _quantize_once(self, x: Tensor, parts: tuple[PackedW4A4, ...], modulation: Modulation | None) -> tuple:
+        """One set of codes with the low-rank branches of all ``parts``."""
 
     @abstractmethod
     def multiply(
@@ -95,6 +107,11 @@ class Int4Layers(Layers):
     def quantize(self, x, part, modulation=None):
         return quantize_act(x, part, modulation)
 
+    def _quantize_once(self, x, parts, modulation):
+        all_ranks = replace(parts[0], proj_down=concat_lowrank(*(part.proj_down for part in parts)))
+        codes, ascales, lora_act = quantize_act(x, all_ranks, modulation)
+        return tuple((codes, ascales, ranks) for ranks in _split(lora_act, parts))
+
     def multiply(self, x, part, bias, after=None, out=None):
         return gemm_w4a4(*x, part, bias, after=after, out=out)
 
@@ -123,6 +140,14 @@ class Int8Layers(Layers):
         scale, shift = (None, None) if modulation is None else (modulation.scale, modulation.shift)
         return Int8Input(*quantize_act_int8(x, part, proj_down, scale, shift), proj_up)
 
+    def _quantize_once(self, x, parts, modulation):
+        downs, ups = zip(*(natural_factors(part) for part in parts), strict=True)
+        scale, shift = (None, None) if modulation is None else (modulation.scale, modulation.shift)
+        codes, scales, lora_act = quantize_act_int8(x, parts[0], torch.cat(downs), scale, shift)
+        return tuple(
+            Int8Input(codes, scales, ranks, up) for ranks, up in zip(_split(lora_act, parts), ups, strict=True)
+        )
+
     def multiply(self, x, part, bias, after=None, out=None):
         weight = expand_w4_to_int8(part)
         return gemm_w8a8(x.codes, x.scales, x.lora_act, weight, x.proj_up, bias, after=after, out=out)
@@ -142,6 +167,11 @@ class Int8Layers(Layers):
 
     def gelu_input(self, x, part, bias, following):
         return self.quantize(self.multiply(x, part, bias, After(gelu=True)), following)
+
+
+def _split(lora_act: Tensor, parts: tuple[PackedW4A4, ...]) -> tuple[Tensor, ...]:
+    """The columns of each part, contiguous."""
+    return tuple(ranks.contiguous() for ranks in lora_act.split([part.rank for part in parts], dim=1))
 
 
 INT4, INT8 = Int4Layers(), Int8Layers()

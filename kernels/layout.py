@@ -166,3 +166,10 @@ def interleave_rows(rows_in_order: Tensor, splits: int) -> Tensor:
 def _require_multiple(name: str, value: int, factor: int) -> None:
     if value % factor:
         raise ValueError(f"{name} is {value}, but the packed layout needs a multiple of {factor}")
+
+
+def concat_lowrank(*factors: Tensor) -> Tensor:
+    """Packed low-rank factors [rows, R_i] of the same rows side by side, [rows, sum of R_i], packed (copies)."""
+    rows = factors[0].shape[0]
+    tiles = [factor.reshape(rows // 16, factor.shape[1] // 16, 256) for factor in factors]  # by rows, then by ranks
+    return torch.cat(tiles, dim=1).reshape(rows, sum(factor.shape[1] for factor in factors))

@@ -1,4 +1,9 @@
-"""Low-rank factors from file order (layout.py) to natural order, on the GPU: what the INT8 kernels read."""
+"""Low-rank factors from file order (layout.py) to what the INT8 kernels read, on the GPU.
+
+proj_up goes to natural order, [N, R]. proj_down, [R, K], goes to operand order: [R / 16, K / 32, 2, 32 lanes, 8] holds
+the A operands of 16-bit MMAs for lanes that have eight columns of x side by side. Lane 4 * r + c of operand j has the
+ranks r and r + 8 of columns 8c + 4j and 8c + 4j + 1, two and two, and then the same of the next two columns.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,12 @@ from .int4 import PackedW4A4
 
 @triton.jit
 def _factors_kernel(down_ptr, up_ptr, down_out_ptr, up_out_ptr, K, N, R, stride_up, BLOCK: tl.constexpr):
-    """Elements of proj_down [R, K], then of proj_up [N, R], in natural order."""
+    """Elements of proj_down in operand order, then of proj_up [N, R] in natural order."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < K * R
-    r, k = offs // K, offs % K
+    tile, lane = offs // 512, offs // 8 % 32
+    r = tile // (K // 32) * 16 + offs // 2 % 2 * 8 + lane // 4
+    k = tile % (K // 32) * 32 + lane % 4 * 8 + offs // 256 % 2 * 4 + offs // 4 % 2 * 2 + offs % 2
     place = (k // 16 * (R // 16) + r // 16) * 256
     place += r % 8 * 32 + k % 8 // 2 * 8 + r // 8 % 2 * 4 + k // 8 % 2 * 2 + k % 2
     tl.store(down_out_ptr + offs, tl.load(down_ptr + place, mask=mask), mask=mask)
@@ -28,7 +35,9 @@ def _factors_kernel(down_ptr, up_ptr, down_out_ptr, up_out_ptr, K, N, R, stride_
 
 
 def natural_factors(weight: PackedW4A4, proj_up: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(proj_down T [R, K], proj_up T [N, R]) of a weight in natural order, as ``layout.unpack_lowrank_*``.
+    """(proj_down T, nominal [R, K], in operand order, proj_up T [N, R] in natural order) of a weight.
+
+    Those of more ranks are ``torch.cat`` of these, along axis 0 and 1.
 
     proj_up: where to write it, [N, R] with contiguous rows, may be columns of a wider tensor.
     """

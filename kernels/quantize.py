@@ -3,9 +3,10 @@
     codes, ascales = quantize(x / smooth_factor),  lora_act = x @ proj_down^T        (contract: int4.py)
 
 Memory-bound: x is read once, everything else is an eighth of it. What is done to stay so: few instructions per element
-(``quantize_block.py``; counted by benchmarks/sass.py), two groups under way in each warp while one is computed, and
-blocks of rows by pieces of K that make one wave of thread blocks. The block that is last to finish a row block adds up
-the low-rank sums of its pieces, in a fixed order: same bits on every run.
+(``quantize_block.py``; counted by benchmarks/sass.py), two groups under way in each warp while one is computed, the
+layer's factors copied to shared memory while the ones before are used, and blocks of rows by pieces of K that make one
+wave of thread blocks. The block that is last to finish a row block adds up the low-rank sums of its pieces, in a fixed
+order: same bits on every run.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from .act_codes import quantize_words, store_rows
 from .device import describe
 from .epilogue import require
 from .gemm_int4 import TYPES
-from .gluon_compat import barrier, gl, gluon
+from .gluon_compat import async_copy, barrier, gl, gluon
 from .int4 import GROUP, RANK_MULTIPLE, PackedW4A4
 from .quantize_block import (
+    copy_down,
     index_along,
+    load_factors,
     load_group,
     project_and_smooth,
-    stage_down,
-    stage_factors,
+    store_factors,
     sum_layout,
     tile_layout,
     word_layout,
@@ -55,13 +57,17 @@ class Modulation:
 @dataclass(frozen=True)
 class Cut:
     """How the work is cut: a block has warps_m m16 tiles of rows by warps_k groups of 64 columns side by side and takes
-    one of ``pieces`` pieces of K · staged: groups whose factors are in shared memory at a time, an even multiple of
-    warps_k. All but pieces are powers of two; warps_k divides K / 64."""
+    one of ``pieces`` pieces of K · staged: groups whose factors are copied to shared memory at a time, an even multiple
+    of warps_k. All but pieces are powers of two; warps_k divides K / 64."""
 
     warps_m: int
     warps_k: int
     pieces: int
     staged: int = 8
+
+    def buffers(self, ranks: int) -> int:
+        """2 if proj_down of two times ``staged`` groups fits into 64 KB: then it is copied ahead of its use."""
+        return 2 if self.staged * ranks <= 16 else 1
 
 
 @gluon.jit
@@ -112,13 +118,13 @@ def quantize_kernel(
     statistics_ptr, scale_ptr, shift_ptr,
     M, K, R, stride_x, row_blocks, groups_per_piece, rows_per_batch,
     UNSIGNED: gl.constexpr, T: gl.constexpr, XORSIGN: gl.constexpr, RT: gl.constexpr, NORM: gl.constexpr,
-    WM: gl.constexpr, WK: gl.constexpr, SLAB: gl.constexpr, PIECES: gl.constexpr,
+    WM: gl.constexpr, WK: gl.constexpr, SLAB: gl.constexpr, BUFFERS: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
     """WM m16 tiles of rows, one piece of K; WK groups at a time, of SLAB times as many staged.
 
     Pairs of 16-bit floats are int32 words, which stride_x counts · pieces_ptr: float32 [pieces, m16 tiles, RT, 32, 8] ·
     statistics_ptr: float32 [M, 2] · RT: r16 tiles, a power of two, or 0 · NORM: 0, 1, or 2 if 16 rows may be of two
-    batches · PIECES: at most so many, a power of two.
+    batches · BUFFERS: of proj_down, 1 or 2 · PIECES: at most so many, a power of two.
     """
     P: gl.constexpr = tile_layout(WM, WK)
     V: gl.constexpr = word_layout(WM, WK)
@@ -145,32 +151,43 @@ def quantize_kernel(
 
     s_factors = gl.allocate_shared_memory(gl.int32, [SLAB * 4, WK, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     shared = (s_factors, s_factors)
+    factors = load_factors(smooth_ptr, first, last, SLAB, WM, WK)
     if RT > 0:
         s_down = gl.allocate_shared_memory(
-            gl.int32, [SLAB * 4, WK, RT, 32, 4], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+            gl.int32, [BUFFERS * SLAB * 4, WK, RT, 32, 4], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
         )
         shared = (s_factors, s_down)
+        if BUFFERS == 2:
+            copy_down(proj_down_ptr, s_down, 0, first, last, R, SLAB, BUFFERS, WM, WK, RT)
     RANK_TILES: gl.constexpr = RT if RT > 0 else 1
     zero = gl.zeros([WM, WK, RANK_TILES, 32], gl.float32, C)
     sums = ((zero, zero, zero, zero), (zero, zero, zero, zero))
     for start in range(0, steps, SLAB):
         group = first + start * WK
+        buffer = start // SLAB % BUFFERS
+        if RT > 0 and BUFFERS == 2:
+            async_copy.wait_group(0)
         barrier()
-        stage_factors(smooth_ptr, s_factors, group, last, T, SLAB, WM, WK)
-        if RT > 0:
-            stage_down(proj_down_ptr, s_down, group, last, R, SLAB, WM, WK, RT)
+        store_factors(factors, s_factors, T, SLAB, WK)
+        factors = load_factors(smooth_ptr, group + SLAB * WK, last, SLAB, WM, WK)
+        if RT > 0 and BUFFERS == 1:
+            copy_down(proj_down_ptr, s_down, 0, group, last, R, SLAB, BUFFERS, WM, WK, RT)
+            async_copy.wait_group(0)
+        elif RT > 0 and start + SLAB < steps:
+            copy_down(proj_down_ptr, s_down, 1 - buffer, group + SLAB * WK, last, R, SLAB, BUFFERS, WM, WK, RT)
         barrier()
         stop = gl.minimum(start + SLAB, steps)
         # Two groups are under way while one is computed, in two sets of registers.
         for step in range(start, stop, 2):
-            v, sums = project_and_smooth(a, step, step - start, norm, shared, sums, UNSIGNED, T, NORM, WM, WK, RT)
+            slots = step - start, buffer * SLAB + step - start
+            v, sums = project_and_smooth(a, step, slots, norm, shared, sums, UNSIGNED, T, NORM, WM, WK, RT)
             a = load_group(x_ptr, offsets, gl.minimum(step + 2, steps - 1), WK)
             group = first + step * WK
             codes = quantize_words(v, UNSIGNED, T, XORSIGN)
             store_rows(codes_ptr, ascales_ptr, codes[0], codes[1], tile_m, group, K // 64, row_blocks, T, P)
             if step + 1 < stop:
-                slot = step + 1 - start
-                v, sums = project_and_smooth(b, step + 1, slot, norm, shared, sums, UNSIGNED, T, NORM, WM, WK, RT)
+                slots = slots[0] + 1, slots[1] + 1
+                v, sums = project_and_smooth(b, step + 1, slots, norm, shared, sums, UNSIGNED, T, NORM, WM, WK, RT)
                 b = load_group(x_ptr, offsets, gl.minimum(step + 3, steps - 1), WK)
                 codes = quantize_words(v, UNSIGNED, T, XORSIGN)
                 store_rows(codes_ptr, ascales_ptr, codes[0], codes[1], tile_m, group + WK, K // 64, row_blocks, T, P)
@@ -267,9 +284,10 @@ def quantize_act(
             WM=cut.warps_m,
             WK=cut.warps_k,
             SLAB=cut.staged // cut.warps_k,
+            BUFFERS=cut.buffers(ranks),
             PIECES=triton.next_power_of_2(pieces) if rank else 1,
             num_warps=warps,
-            maxnreg=128 if warps == 8 and ranks <= 2 else None,  # room for two blocks on a multiprocessor
+            maxnreg=128 if ranks <= 2 else None,  # room for 16 warps on a multiprocessor
         )
     return codes, ascales, lora_act
 
@@ -277,19 +295,15 @@ def quantize_act(
 def choose_cut(row_tiles: int, groups: int, ranks: int, multiprocessors: int) -> Cut:
     """A cut for ``row_tiles`` m16 tiles, ``groups`` groups and ``ranks`` r16 tiles that fills a GPU once.
 
-    Blocks of 8 warps, two of them on a multiprocessor (one from rank 48 on, by registers), as high as rows allow.
+    Blocks of 8 warps, two of them on a multiprocessor (one from rank 48 on, by registers), or twice as many of 4 warps
+    where rows are few. Warps side by side in K would share less of proj_down, whose copying is what they wait for.
     """
     wanted = multiprocessors * (2 if ranks <= 2 else 1)
-    staged = min(8, max(2, 16 // max(ranks, 1)))  # 34 KB of shared memory, 66 KB from rank 144 on
-    warps_m = 8
-    while warps_m > 1 and (row_tiles < warps_m or -(-row_tiles // warps_m) * (groups // 4) < wanted):
-        warps_m //= 2
-    warps_k = 8 // warps_m
-    while groups % warps_k or staged < 2 * warps_k:
-        warps_k //= 2
+    most = min(16, groups)  # pieces
+    warps_m = 8 if row_tiles >= 8 and -(-row_tiles // 8) * most >= wanted else 4
     row_blocks = -(-row_tiles // warps_m)
-    pieces = 1 if row_blocks > MAX_ROW_BLOCKS else min(16, groups // warps_k, max(1, wanted // row_blocks))
-    return Cut(warps_m, warps_k, pieces, staged)
+    pieces = 1 if row_blocks > MAX_ROW_BLOCKS else min(most, max(1, wanted * 8 // warps_m // row_blocks))
+    return Cut(warps_m, 1, pieces, max(2, 8 // max(ranks, 2)))  # 33 KB of shared memory, 64 KB from rank 80 on
 
 
 def _arrivals(device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from .act_codes import group_layout
 from .epilogue import BF16, pack_pair, unpack_pair
-from .gluon_compat import gl, gluon, store_as
+from .gluon_compat import async_copy, async_load, gl, gluon, store_as, view_as
 from .int4 import SHIFT
 from .int4_block import mma_16bit
 
@@ -87,15 +87,20 @@ def load_group(ptr, offsets, step, WK: gl.constexpr, BOTH: gl.constexpr = True):
 
 
 @gluon.jit
-def stage_factors(smooth_ptr, s_factors, group, last, T: gl.constexpr, SLAB: gl.constexpr, WM: gl.constexpr,
-                   WK: gl.constexpr):  # fmt: skip
-    """1 / smooth_factor of SLAB * WK groups from ``group``: two words for two channels, one half of them after the
-    other. bf16: pairs of larger, and of smaller summands; fp16: float32."""
+def load_factors(smooth_ptr, group, last, SLAB: gl.constexpr, WM: gl.constexpr, WK: gl.constexpr):
+    """Words of smooth_factor of SLAB * WK groups from ``group``, for :func:`store_factors`."""
     L: gl.constexpr = gl.BlockedLayout([1, 1, 2], [8, 4, 1], [WM * WK, 1, 1], [2, 1, 0])
     # a pair's place in a packed vector: k/16, k%8/2, k/8%2
     k16 = index_along(L, 3, 0, SLAB * WK * 4)
     place = group * 32 + k16 * 8 + index_along(L, 3, 1, 4) * 2 + index_along(L, 3, 2, 2)
-    low, high = unpack_pair(gl.load(smooth_ptr + place, mask=group + k16 // 4 < last, other=0), T)
+    return gl.load(smooth_ptr + place, mask=group + k16 // 4 < last, other=0)
+
+
+@gluon.jit
+def store_factors(words, s_factors, T: gl.constexpr, SLAB: gl.constexpr, WK: gl.constexpr):
+    """1 / smooth_factor: two words for two channels, one half of a group after the other. bf16: pairs of larger, and of
+    smaller summands; fp16: float32."""
+    low, high = unpack_pair(words, T)
     low, high = 1.0 / low, 1.0 / high
     if T == BF16:
         first = pack_pair(low, high, T, False)
@@ -110,22 +115,28 @@ def stage_factors(smooth_ptr, s_factors, group, last, T: gl.constexpr, SLAB: gl.
 
 
 @gluon.jit
-def stage_down(proj_down_ptr, s_down, group, last, R, SLAB: gl.constexpr, WM: gl.constexpr, WK: gl.constexpr,
-                RT: gl.constexpr):  # fmt: skip
-    """proj_down of SLAB * WK groups from ``group`` as the A operands of MMAs whose B operands are words of x."""
-    WR: gl.constexpr = RT if RT < WM * WK else WM * WK
-    L: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 1, 1, 1, 8], [1, 2, 1, 8, 2, 1], [WM * WK // WR, 1, WR, 1, 1, 1], [5, 4, 3, 2, 1, 0]
-    )
-    # a word's place in the file: k/32, k/16%2, r/16, r%8, k%8/4, and k%4/2, r/8%2, k/8%2
-    k32, r16 = index_along(L, 6, 0, SLAB * WK * 2), index_along(L, 6, 2, RT)
-    place = ((group * 4 + k32 * 2 + index_along(L, 6, 1, 2)) * (R // 16) + r16) * 128
-    place += index_along(L, 6, 3, 8) * 16 + index_along(L, 6, 4, 2) * 8 + index_along(L, 6, 5, 8)
-    words = gl.load(proj_down_ptr + place, mask=(group + k32 // 2 < last) & (r16 < R // 16), other=0)
-    words = gl.reshape(words, [SLAB, WK, 2, 2, RT, 8, 2, 2, 2, 2])
-    # step, k/32, k%8/4, warp, r/16; a lane's place in the MMA: r%8, k/16%2, k/8%2; its registers: k%4/2, r/8%2
-    words = gl.reshape(gl.permute(words, [0, 2, 6, 1, 4, 5, 3, 9, 7, 8]), [SLAB * 4, WK, RT, 32, 4])
-    store_as(s_down, words, gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0]))
+def copy_down(proj_down_ptr, s_down, buffer, group, last, R, SLAB: gl.constexpr, BUFFERS: gl.constexpr,
+              WM: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr):  # fmt: skip
+    """Start the copy of proj_down of SLAB * WK groups from ``group`` to one of the buffers in ``s_down``: single words,
+    so that they become A operands of MMAs whose B operands are words of x.
+
+    One operation for all of them: between two to the same memory Triton puts a barrier.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WM * WK, 1], [1, 0])
+    ROWS: gl.constexpr = SLAB * 4 * WK * RT
+    target = view_as(s_down, gl.int32, [BUFFERS, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(buffer)
+    # a row: step, k/32%2, k%8/4, group side by side, r/16; a word in it: r%8, k/16%2, k/8%2, k%4/2, r/8%2
+    row, i = gl.arange(0, ROWS, gl.SliceLayout(1, L))[:, None], gl.arange(0, 128, gl.SliceLayout(0, L))[None, :]
+    # What is beyond the last group or rank is not used: the last one again.
+    r16 = gl.minimum(row % RT, R // 16 - 1)
+    step4 = row // (WK * RT)
+    k16 = gl.minimum(group + step4 // 4 * WK + row // RT % WK, last - 1) * 4 + step4 // 2 % 2 * 2
+    # a word's place in the file: k/16, r/16, r%8, k%8/4, k%4/2, r/8%2, k/8%2
+    place = k16 * (R * 8) + r16 * 128 + step4 % 2 * 8
+    i = i.to(gl.int64)  # so that distances which are constants become part of the instructions
+    place = place.to(gl.int64) + (i // 8 % 2 * (R * 8) + i // 16 * 16 + i // 4 % 2 + i // 2 % 2 * 4 + i % 2 * 2)
+    async_load(target, proj_down_ptr + place)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -184,7 +195,7 @@ def _smooth_asm(UNSIGNED):
 
 @gluon.jit
 def _smooth(x, first, second, UNSIGNED: gl.constexpr, T: gl.constexpr):
-    """T(T(x + SHIFT) / smooth) of pairs; first, second: as :func:`stage_factors` makes them."""
+    """T(T(x + SHIFT) / smooth) of pairs; first, second: as :func:`store_factors` makes them."""
     if T == BF16:
         return gl.inline_asm_elementwise(
             _smooth_asm(UNSIGNED), "=r,r,r,r", [x, first, second], dtype=gl.int32, is_pure=True, pack=1
@@ -220,11 +231,12 @@ def _smoothed(x, s_factors, slot, UNSIGNED: gl.constexpr, T: gl.constexpr, P: gl
 
 
 @gluon.jit
-def project_and_smooth(x, step, slot, norm, shared, sums, UNSIGNED: gl.constexpr, T: gl.constexpr, NORM: gl.constexpr,
-                       WM: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr):  # fmt: skip
-    """(a group smoothed, low-rank sums with its products): all that needs x itself. shared: factors, proj_down."""
+def project_and_smooth(x, step, slots, norm, shared, sums, UNSIGNED: gl.constexpr, T: gl.constexpr,
+                       NORM: gl.constexpr, WM: gl.constexpr, WK: gl.constexpr, RT: gl.constexpr):  # fmt: skip
+    """(a group smoothed, low-rank sums with its products): all that needs x itself. shared: factors and proj_down in
+    shared memory · slots: the group's places in them."""
     if NORM > 0:
         x = _normalized(x, step, norm, T, NORM, WK)
     if RT > 0:
-        sums = _project(x, shared[1], slot, sums, T, sum_layout(WM, WK, RT))
-    return _smoothed(x, shared[0], slot, UNSIGNED, T, tile_layout(WM, WK), word_layout(WM, WK)), sums
+        sums = _project(x, shared[1], slots[1], sums, T, sum_layout(WM, WK, RT))
+    return _smoothed(x, shared[0], slots[0], UNSIGNED, T, tile_layout(WM, WK), word_layout(WM, WK)), sums

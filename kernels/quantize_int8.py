@@ -3,242 +3,257 @@
     x' = LayerNorm(x) * (1 + scale) + shift, or x
     codes, scales = quantize(x' / smooth_factor),  lora_act = T(x' @ proj_down^T)
 
-Contract: ``reference.quantize_act_int8``. A token has one scale, so a thread block owns whole rows: 16 of them, the
-rows of an MMA. It goes over them two or three times (statistics of the norm; largest value and low-rank branch; codes),
-the later times from cache. Sums have a fixed order.
-
-A tile is 16 rows by 512 columns, in words (pairs of 16-bit values): lane 4r + c of warp w has rows r and r + 8 and
-eight columns from 256j + 32w + 8c, for j in 0, 1. Eight columns are one 16-byte load and the A operands of two MMAs:
-the sum over k may run in any order if proj_down has the same, and its rows, in natural order, have eight columns
-together too.
+Contract: ``reference.quantize_act_int8``. Memory-bound, and a token has one scale: its codes are known when all of it
+has been seen. So a block keeps its rows in shared memory, and x is read once. proj_down is read by every block: the
+more rows a block has, the less. Where the rows' whole length does not fit, blocks side by side take slices of it, and
+tell each other sums and largest values. Sums have a fixed order: same bits on every run.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from .act_codes import round_pair
-from .epilogue import EPS, pack_pair, require, unpack_pair
-from .gluon_compat import gl, gluon
-from .int4 import RANK_MULTIPLE, SHIFT, PackedW4A4
-from .int4_block import mma_16bit
+from .device import describe
+from .epilogue import EPS, require
+from .gluon_compat import async_copy, barrier, gl, gluon
+from .int4 import RANK_MULTIPLE, PackedW4A4
+from .quantize_int8_block import (
+    add_statistics,
+    column_factors,
+    copy_step,
+    keep_low_rank,
+    larger_words,
+    largest_of_row,
+    load_factors,
+    load_step,
+    low_rank_of_warps,
+    low_rank_total,
+    normalize,
+    not_negative,
+    power_of_2,
+    project,
+    row_layout,
+    row_scale,
+    rows_of_slices,
+    rows_of_warps,
+    shared_buffers,
+    smooth_words,
+    store_codes,
+    store_low_rank,
+    store_step,
+    sum_low_rank,
+    tile_offsets,
+    word_layout,
+)
 
-WARPS = gl.constexpr(8)
-WORDS = gl.constexpr(256)  # of a tile's row
-RANKS = gl.constexpr(32)  # low-rank columns at a time
-_MAGIC = gl.constexpr(12582912.0)  # 3 * 2^22: adding it rounds a small float32 to an integer, ties to even
-_LARGEST = gl.constexpr(3.4028234663852886e38)
-
-TILE = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [1, 8], [1, 0]))  # words [16, 256]
-CODES = gl.constexpr(gl.BlockedLayout([1, 2], [8, 4], [1, 8], [1, 0]))  # words of four codes [16, 128]
-ACC = gl.constexpr(gl.BlockedLayout([1, 4, 1], [1, 1, 32], [8, 1, 1], [2, 1, 0]))  # [warps, n8 tiles, 32 lanes]
-DOWN = gl.constexpr(gl.BlockedLayout([1, 4, 1, 4], [1, 1, 32, 1], [8, 1, 1, 1], [3, 2, 1, 0]))  # with 4 words
-
-
-@gluon.jit
-def _load_words(x_ptr, row, k, K, stride_xm):
-    """Words [16, 256] of columns from k on, 0 beyond K. x_ptr: int32, stride_xm and K: elements."""
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, TILE))[None, :]
-    place = row.to(gl.int64)[:, None] * (stride_xm // 2) + (k // 2 + word)
-    inside = (word + k // 2 < K // 2) & gl.full_like(place, True, dtype=gl.int1)
-    return gl.load(x_ptr + place, mask=inside, other=0)
-
-
-@gluon.jit
-def _load_vector(ptr, k, K, PACKED: gl.constexpr, T: gl.constexpr):
-    """Columns from k on of a vector T [K] as two float32 [1, 256], 0 beyond K; PACKED: in file order (layout.py)."""
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, TILE))[None, :]
-    place = word
-    if PACKED:
-        place = word // 8 * 8 + word % 4 * 2 + word // 4 % 2
-    return unpack_pair(gl.load(ptr + (k // 2 + place), mask=word + k // 2 < K // 2, other=0), T)
-
-
-@gluon.jit
-def _modulated(words, mean, rstd, scale_ptr, shift_ptr, k, K, NORM: gl.constexpr, T: gl.constexpr):
-    """Words of T(LayerNorm(x) * (1 + scale) + shift), or of x; 0 beyond K."""
-    if NORM:
-        x, y = unpack_pair(words, T)
-        scale_x, scale_y = _load_vector(scale_ptr, k, K, False, T)
-        shift_x, shift_y = _load_vector(shift_ptr, k, K, False, T)
-        x = (x - mean[:, None]) * rstd[:, None] * (1.0 + scale_x) + shift_x
-        y = (y - mean[:, None]) * rstd[:, None] * (1.0 + scale_y) + shift_y
-        word = gl.arange(0, WORDS, gl.SliceLayout(0, TILE))[None, :]
-        return gl.where(word + k // 2 < K // 2, pack_pair(x, y, T, False), 0)
-    return words
+RANKS = 64  # low-rank columns of one launch, at most
+MAX_BLOCKS = 16384  # of those whose slices tell each other something
+_AHEAD = 4  # steps whose copies are under way
+_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # of a block, at most
+_OTHER_SHARED_BYTES = 99 * 1024
 
 
-@gluon.jit
-def _smoothed(words, smooth_ptr, k, K, SHIFT_BY: gl.constexpr, T: gl.constexpr):
-    """T(T(x + SHIFT) / smooth) as two float32; 0 beyond K."""
-    x, y = unpack_pair(words, T)
-    smooth_x, smooth_y = _load_vector(smooth_ptr, k, K, True, T)
-    inverse_x = gl.where(smooth_x == 0.0, 0.0, 1.0 / smooth_x)
-    inverse_y = gl.where(smooth_y == 0.0, 0.0, 1.0 / smooth_y)
-    if SHIFT_BY != 0.0:
-        x, y = round_pair(x + SHIFT_BY, y + SHIFT_BY, T)
-    return round_pair(x * inverse_x, y * inverse_y, T)
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut: a block has ``tiles`` times 8 rows and ``part`` (0, 1, 2, 4) more, and one of ``slices``
+    slices of K, which it goes through in steps of 32 columns for each warp."""
 
+    tiles: int
+    part: int
+    slices: int = 1
+    warps: int = 8
 
-@gluon.jit
-def _fragments(words):
-    """Words [16, 256] as A operands of 4 MMAs: four registers [warps, 32] for each (j, half of a lane's columns)."""
-    L: gl.constexpr = gl.SliceLayout(1, ACC)
-    # axes: half, r, j, w, c, m, s -> w, r, c, j, m, s, half
-    x = gl.permute(gl.reshape(words, [2, 8, 2, 8, 4, 2, 2]), [3, 1, 4, 2, 5, 6, 0])
-    top, bottom = gl.split(gl.reshape(x, [8, 32, 2, 2, 2, 2]))  # w, lane, j, m, s, half
-    t0, t1 = gl.split(top)  # s
-    b0, b1 = gl.split(bottom)
-    return _four(t0, L), _four(b0, L), _four(t1, L), _four(b1, L)
+    @property
+    def rows(self) -> int:
+        return 8 * self.tiles + self.part
 
+    def steps(self, k: int) -> int:
+        """Of a slice; an even number (and not 2, at which Triton 3.6 fails)."""
+        return 2 * max(2, triton.cdiv(k, 64 * self.warps * self.slices))
 
-@gluon.jit
-def _four(x, L: gl.constexpr):
-    """[8, 32, 2, 2] as four tensors [8, 1, 32] in the order of the last two axes."""
-    x0, x1 = gl.split(x)
-    x00, x10 = gl.split(x0)
-    x01, x11 = gl.split(x1)
-    return _one(x00, L), _one(x01, L), _one(x10, L), _one(x11, L)
+    def constants(self, k: int) -> dict[str, int]:
+        """Of the kernel."""
+        steps = self.steps(k)
+        return {
+            "TILES": self.tiles,
+            "PART": self.part,
+            "WARPS": self.warps,
+            "SLICES": self.slices,
+            "STEPS": steps,
+            "AHEAD": _AHEAD,
+            "EXACT": steps * self.slices * self.warps * 32 == k,
+        }
+
+    def shared_bytes(self, k: int, ranks: int) -> int:
+        """Shared memory of a block, for ``ranks`` r16 tiles."""
+        steps, ranks = self.steps(k), triton.next_power_of_2(ranks) if ranks else 0
+        units = max(steps, ranks) * self.tiles * 8
+        if self.part:
+            units += max(steps * self.part, ranks * 8)
+        return self.warps * (64 * units + 8 * self.rows) + 64
 
 
 @gluon.jit
-def _one(x, L: gl.constexpr):
-    return gl.expand_dims(gl.convert_layout(x, L, assert_trivial=True), 1)
-
-
-@gluon.jit
-def _project_down(words, down_ptr, k, K, r0, R, c0, c1, c2, c3, T: gl.constexpr):
-    """c += x @ proj_down^T over a tile's columns, for RANKS low-rank columns from r0; down: int32 words of T [R, K]."""
-    a0, a1, a2, a3 = _fragments(words)
-    warp = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, DOWN))))[:, None, None, None]
-    n8 = gl.arange(0, RANKS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, DOWN))))[None, :, None, None]
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, DOWN))))[None, None, :, None]
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, DOWN))))[None, None, None, :]
-    rank = r0 + n8 * 8 + lane // 4
-    column = k // 2 + warp * 16 + lane % 4 * 4 + word
-    for j in gl.static_range(2):
-        at = column + j * 128
-        down = gl.load(down_ptr + (rank * (K // 2) + at), mask=(rank < R) & (at < K // 2), other=0)
-        x = gl.reshape(down, [8, RANKS // 8, 32, 2, 2])
-        s0, s1 = gl.split(x)
-        b00, b10 = gl.split(s0)
-        b01, b11 = gl.split(s1)
-        b00 = gl.convert_layout(b00, ACC, assert_trivial=True)
-        b01 = gl.convert_layout(b01, ACC, assert_trivial=True)
-        b10 = gl.convert_layout(b10, ACC, assert_trivial=True)
-        b11 = gl.convert_layout(b11, ACC, assert_trivial=True)
-        c0, c1, c2, c3 = mma_16bit(
-            a0[2 * j], a1[2 * j], a2[2 * j], a3[2 * j], b00, b01, c0, c1, c2, c3, T
-        )  # fmt: skip
-        c0, c1, c2, c3 = mma_16bit(
-            a0[2 * j + 1], a1[2 * j + 1], a2[2 * j + 1], a3[2 * j + 1], b10, b11, c0, c1, c2, c3, T
-        )
-    return c0, c1, c2, c3
-
-
-@gluon.jit
-def _store_low_rank(lora_act_ptr, c0, c1, c2, c3, pid, r0, M, R, T: gl.constexpr):
-    """T of the warps' sums to lora_act T [M, R], int32 words."""
-    L: gl.constexpr = gl.SliceLayout(0, ACC)  # [n8, 32]
-    n8 = gl.arange(0, RANKS // 8, gl.SliceLayout(1, L))[:, None]
-    lane = gl.arange(0, 32, gl.SliceLayout(0, L))[None, :]
-    row = pid * 16 + lane // 4
-    rank = r0 + n8 * 8 + lane % 4 * 2
-    out = lora_act_ptr + row.to(gl.int64) * (R // 2) + rank // 2
-    low = pack_pair(gl.sum(c0, axis=0), gl.sum(c1, axis=0), T, False)
-    high = pack_pair(gl.sum(c2, axis=0), gl.sum(c3, axis=0), T, False)
-    gl.store(out, low, mask=(row < M) & (rank < R))
-    gl.store(out + 8 * (R // 2), high, mask=(row + 8 < M) & (rank < R))
-
-
-@gluon.jit
-def _pack_codes(x, y, SIGNED: gl.constexpr):
-    """float32 codes + magic [16, 256] (even and odd columns) as words of four int8 [16, 128]."""
-    x0, x1 = gl.split(gl.reshape(x.to(gl.int32, bitcast=True), [16, WORDS // 2, 2]))
-    y0, y1 = gl.split(gl.reshape(y.to(gl.int32, bitcast=True), [16, WORDS // 2, 2]))
-    flip: gl.constexpr = "" if SIGNED else "xor.b32 $0, $0, 0x80808080;\n"
-    word = gl.inline_asm_elementwise(
-        "{\n.reg .b32 a, b;\nprmt.b32 a, $1, $2, 0x0040;\nprmt.b32 b, $3, $4, 0x0040;\n"
-        "prmt.b32 $0, a, b, 0x5410;\n" + flip + "}",
-        "=r,r,r,r,r",
-        [x0, y0, x1, y1],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-    return gl.convert_layout(word, CODES, assert_trivial=True)
-
-
-@gluon.jit(do_not_specialize=["M", "rows_per_modulation"])
-def quantize_int8_kernel(
-    x_ptr, smooth_ptr, proj_down_ptr, modulation_ptr, shift_ptr, codes_ptr, scales_ptr, lora_act_ptr,
-    M, K, R, stride_xm, rows_per_modulation, stride_modulation,
-    NORM: gl.constexpr, SHIFT_BY: gl.constexpr, T: gl.constexpr,
-):  # fmt: skip
-    """16 rows. All pointers but scales_ptr (float32) are to int32 words; strides count elements. With NORM,
-    rows_per_modulation is a multiple of 16, or M."""
-    pid = gl.program_id(0)
-    row = pid * 16 + gl.arange(0, 16, gl.SliceLayout(1, TILE))
-    inside = row < M
-    row = gl.minimum(row, M - 1)
-    mean = gl.zeros([16], gl.float32, gl.SliceLayout(1, TILE))
-    rstd = mean
-    if NORM:
-        start = pid * 16 // rows_per_modulation * (stride_modulation // 2)
-        modulation_ptr += start
-        shift_ptr += start
-        sums = gl.zeros([16, WORDS], gl.float32, TILE)
-        squares = sums
-        following = _load_words(x_ptr, row, 0, K, stride_xm)
-        for k in range(0, K, 2 * WORDS):
-            x, y = unpack_pair(following, T)
-            following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)
-            sums += x + y
-            squares += x * x + y * y
-        mean = gl.sum(sums, axis=1) / K
-        rstd = gl.rsqrt(gl.maximum(gl.sum(squares, axis=1) / K - mean * mean, 0.0) + EPS)
-
-    largest = gl.zeros([16, WORDS], gl.float32, TILE)
-    zero = gl.zeros([8, RANKS // 8, 32], gl.float32, ACC)
-    c0, c1, c2, c3 = zero, zero, zero, zero
-    following = _load_words(x_ptr, row, 0, K, stride_xm)
-    for k in range(0, K, 2 * WORDS):
-        words = following
-        if not NORM:  # which has no registers left
-            following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)  # under way while these are computed
-        words = _modulated(words, mean, rstd, modulation_ptr, shift_ptr, k, K, NORM, T)
-        c0, c1, c2, c3 = _project_down(words, proj_down_ptr, k, K, 0, R, c0, c1, c2, c3, T)
-        x, y = _smoothed(words, smooth_ptr, k, K, SHIFT_BY, T)
-        largest = gl.maximum(largest, gl.maximum(gl.abs(x), gl.abs(y)))
+def _compute(step, factors, buffers, sums, largest, norm, NORM: gl.constexpr, UNSIGNED: gl.constexpr,
+             CODES: gl.constexpr, T: gl.constexpr, XORSIGN: gl.constexpr, RT: gl.constexpr,
+             WARPS: gl.constexpr):  # fmt: skip
+    """One step of all tiles: low-rank sums and largest magnitudes so far; smoothed values take the place of x."""
+    smooth, scale, shift, down = factors
+    tiles = load_step(buffers, step, WARPS)
+    factor0, factor1, gain, offset = column_factors(smooth, scale, shift, T, NORM)
+    new_tiles, new_sums, new_largest = (), (), ()
+    for t in gl.static_range(len(buffers)):
+        x = tiles[t]
         if NORM:
-            following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)
-    _store_low_rank(lora_act_ptr, c0, c1, c2, c3, pid, 0, M, R, T)
-    top: gl.constexpr = 127.0 if SHIFT_BY == 0.0 else 255.0
-    scale = gl.max(largest, axis=1) * (1.0 / top)
-    gl.store(scales_ptr + row, scale, mask=inside)
-    inverse = gl.minimum(1.0 / scale, _LARGEST)  # finite, so that a token of zeros gives zeros
+            x = normalize(x, gain, offset, norm[2 * t], norm[2 * t + 1], T)
+        if RT > 0:
+            new_sums += project(x, down, sums, 4 * RT * t, RT, T)
+        if CODES:
+            x = smooth_words(x, factor0, factor1, UNSIGNED, T)
+            new_largest += (larger_words(largest[t], x, T, XORSIGN),)
+            if UNSIGNED:
+                x = not_negative(x, T)
+            new_tiles += (x,)
+    if CODES:
+        store_step(buffers, step, new_tiles)
+        largest = new_largest
+    return new_sums, largest
 
-    word = gl.arange(0, WORDS // 2, gl.SliceLayout(0, CODES))[None, :]
-    out_row = pid * 16 + gl.arange(0, 16, gl.SliceLayout(1, CODES))
-    out = codes_ptr + out_row.to(gl.int64)[:, None] * (K // 4) + word
-    following = _load_words(x_ptr, row, 0, K, stride_xm)
-    for k in range(0, K, 2 * WORDS):
-        words = following
-        following = _load_words(x_ptr, row, k + 2 * WORDS, K, stride_xm)
-        words = _modulated(words, mean, rstd, modulation_ptr, shift_ptr, k, K, NORM, T)
-        x, y = _smoothed(words, smooth_ptr, k, K, SHIFT_BY, T)
-        codes = _pack_codes(x * inverse[:, None] + _MAGIC, y * inverse[:, None] + _MAGIC, SHIFT_BY == 0.0)
-        gl.store(out + k // 4, codes, mask=(out_row < M)[:, None] & (word + k // 4 < K // 4))
 
-    for r0 in range(RANKS, R, RANKS):  # more low-rank columns than fit beside each other
-        c0, c1, c2, c3 = zero, zero, zero, zero
-        for k in range(0, K, 2 * WORDS):
-            words = _load_words(x_ptr, row, k, K, stride_xm)
-            words = _modulated(words, mean, rstd, modulation_ptr, shift_ptr, k, K, NORM, T)
-            c0, c1, c2, c3 = _project_down(words, proj_down_ptr, k, K, r0, R, c0, c1, c2, c3, T)
-        _store_low_rank(lora_act_ptr, c0, c1, c2, c3, pid, r0, M, R, T)
+@gluon.jit(do_not_specialize=["rows_per_batch", "blocks_per_batch"])
+def quantize_int8_kernel(
+    x_ptr, smooth_ptr, proj_down_ptr, scale_ptr, shift_ptr, codes_ptr, scales_ptr, lora_act_ptr,
+    parts_ptr, low_rank_ptr, arrived_ptr,
+    K, stride_x, stride_lora, stride_modulation, rows_per_batch, blocks_per_batch,
+    NORM: gl.constexpr, UNSIGNED: gl.constexpr, CODES: gl.constexpr, T: gl.constexpr, XORSIGN: gl.constexpr,
+    RT: gl.constexpr, TILES: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr, SLICES: gl.constexpr,
+    STEPS: gl.constexpr, AHEAD: gl.constexpr, EXACT: gl.constexpr,
+):  # fmt: skip
+    """One block, or one slice of it.
+
+    Pointers are to int32 words of pairs or of four codes but scales_ptr (float32), lora_act_ptr (T), parts_ptr (float32
+    [blocks, 3, SLICES, tiles, 8]) and low_rank_ptr (float32 [blocks, SLICES, tiles, power of 2, 128]) · stride_x,
+    stride_modulation: in words · CODES: False for low-rank columns alone · RT: r16 tiles of proj_down, up to 4 · STEPS:
+    of a slice, even · EXACT: whether all slices have that many.
+    """
+    Q: gl.constexpr = word_layout(WARPS)
+    ALL: gl.constexpr = TILES + (1 if PART > 0 else 0)
+    SPAN: gl.constexpr = 16 * WARPS  # words of a step
+    KEPT: gl.constexpr = power_of_2(RT) * 128  # low-rank sums of a tile
+    block = gl.program_id(0) // SLICES
+    slice = gl.program_id(0) % SLICES
+    batch = block // blocks_per_batch
+    first = batch * rows_per_batch + block % blocks_per_batch * (8 * TILES + PART)
+    last = (batch + 1) * rows_per_batch
+    start = slice * (STEPS * SPAN)
+    stop = gl.minimum(start + STEPS * SPAN, K // 2)
+    ptrs = (smooth_ptr, scale_ptr + batch * stride_modulation, shift_ptr + batch * stride_modulation, proj_down_ptr)
+    arrived_ptr += block
+    parts_ptr += block * (3 * SLICES * ALL * 8)
+    low_rank_ptr += (block * SLICES).to(gl.int64) * (ALL * KEPT)
+
+    buffers, of_rows = shared_buffers(RT, TILES, PART, WARPS, STEPS)
+    offsets = ()
+    for t in gl.static_range(ALL):
+        offsets += (tile_offsets(t, first, last, start, stride_x, 8 if t < TILES else PART, WARPS),)
+    for step in gl.static_range(AHEAD):
+        copy_step(buffers, step, x_ptr, offsets, start, stop, STEPS, WARPS)
+
+    norm = ()
+    if NORM:
+        sums = ()
+        for t in gl.static_range(ALL):
+            zero = gl.zeros([WARPS, 8 if t < TILES else PART, 4, 4], gl.float32, Q)
+            sums += (zero, zero)
+        for step in range(0, STEPS):
+            async_copy.wait_group(AHEAD - 1)
+            tiles = load_step(buffers, step, WARPS)
+            new = ()
+            for t in gl.static_range(ALL):
+                new += add_statistics(tiles[t], sums[2 * t], sums[2 * t + 1], T)
+            sums = new
+            copy_step(buffers, step + AHEAD, x_ptr, offsets, start, stop, STEPS, WARPS)
+        rows = ()
+        for i in gl.static_range(2 * ALL):
+            rows += (gl.sum(gl.sum(sums[i], axis=3), axis=2),)
+        rows = rows_of_warps(rows, of_rows, False)
+        if SLICES > 1:
+            rows = rows_of_slices(rows, parts_ptr, slice, arrived_ptr, SLICES, False, SLICES, WARPS)
+        for t in gl.static_range(ALL):
+            mean = rows[2 * t] / K
+            rstd = gl.rsqrt(gl.maximum(rows[2 * t + 1] / K - mean * mean, 0.0) + EPS)
+            norm += (rstd, -mean * rstd)
+
+    largest = ()
+    sums = ()
+    for t in gl.static_range(ALL):
+        largest += (gl.zeros([WARPS, 8 if t < TILES else PART, 4], gl.int32, gl.SliceLayout(3, Q)),)
+    for _ in gl.static_range(4 * RT * ALL):
+        sums += (gl.zeros([WARPS, 8, 4], gl.float32, gl.SliceLayout(3, Q)),)
+    # Two steps' factors are in registers, each loaded while the other's are in use.
+    a = load_factors(ptrs, 0, start, stop, K, NORM, T, RT, WARPS, STEPS, EXACT)
+    b = load_factors(ptrs, 1, start, stop, K, NORM, T, RT, WARPS, STEPS, EXACT)
+    for step in range(0, STEPS, 2):
+        if not NORM:
+            async_copy.wait_group(AHEAD - 1)
+        sums, largest = _compute(step, a, buffers, sums, largest, norm, NORM, UNSIGNED, CODES, T, XORSIGN, RT, WARPS)
+        a = load_factors(ptrs, step + 2, start, stop, K, NORM, T, RT, WARPS, STEPS, EXACT)
+        if not NORM:
+            copy_step(buffers, step + AHEAD, x_ptr, offsets, start, stop, STEPS, WARPS)
+            async_copy.wait_group(AHEAD - 1)
+        odd = step + 1
+        sums, largest = _compute(odd, b, buffers, sums, largest, norm, NORM, UNSIGNED, CODES, T, XORSIGN, RT, WARPS)
+        b = load_factors(ptrs, step + 3, start, stop, K, NORM, T, RT, WARPS, STEPS, EXACT)
+        if not NORM:
+            copy_step(buffers, odd + AHEAD, x_ptr, offsets, start, stop, STEPS, WARPS)
+
+    if CODES:
+        rows, of_largest = (), ()
+        for t in gl.static_range(ALL):
+            rows += (largest_of_row(largest[t], T),)
+            of_largest += (of_rows[2 * t],)
+        rows = rows_of_warps(rows, of_largest, True)
+        if SLICES > 1:
+            target: gl.constexpr = 2 * SLICES if NORM else SLICES
+            ptr = parts_ptr + 2 * SLICES * ALL * 8
+            rows = rows_of_slices(rows, ptr, slice, arrived_ptr, target, True, SLICES, WARPS)
+        inverse = ()
+        for t in gl.static_range(ALL):
+            scale, inverse_t = row_scale(rows[t], UNSIGNED)
+            inverse += (inverse_t,)
+            row = first + t * 8 + gl.arange(0, 8 if t < TILES else PART, row_layout(WARPS))
+            gl.store(scales_ptr + row, scale, mask=(row < last) & (slice == 0))
+        for step in range(0, STEPS):
+            tiles = load_step(buffers, step, WARPS)
+            word = start + step * SPAN
+            for t in gl.static_range(ALL):
+                store_codes(codes_ptr, tiles[t], inverse[t], first + t * 8, last, word, stop, K, UNSIGNED, T, EXACT)
+
+    if RT > 0:
+        barrier()  # all warps have read their words
+        for t in gl.static_range(ALL):
+            low_rank_of_warps(sums, buffers[t], 4 * RT * t, RT)
+        barrier()
+        for t in gl.static_range(ALL):
+            total = low_rank_total(buffers[t], RT, WARPS)
+            if SLICES == 1:
+                store_low_rank(lora_act_ptr, total, first + t * 8, last, stride_lora, 8 if t < TILES else PART, RT)
+            else:
+                keep_low_rank(low_rank_ptr + (slice * ALL + t) * KEPT, total)
+    if SLICES > 1:
+        # The last of a block's slices adds up what all have left, and sets their counter back.
+        barrier()
+        before: gl.constexpr = ((1 if NORM else 0) + (1 if CODES else 0)) * SLICES
+        if gl.atomic_add(arrived_ptr, 1, sem="acq_rel") == before + SLICES - 1:
+            for t in gl.static_range(ALL if RT > 0 else 0):
+                of_all = sum_low_rank(low_rank_ptr + t * KEPT, ALL * KEPT, SLICES, RT, WARPS)
+                store_low_rank(lora_act_ptr, of_all, first + t * 8, last, stride_lora, 8 if t < TILES else PART, RT)
+            gl.store(arrived_ptr, 0)
 
 
 def quantize_act_int8(
@@ -247,12 +262,14 @@ def quantize_act_int8(
     proj_down: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.reference.quantize_act_int8`, for the input of the layer ``weight``.
 
     x: T [M, K], bf16 or fp16, rows contiguous · weight: gives smooth_factor (file order) and act_unsigned · proj_down:
-    T [R, K] in natural order · scale, shift: T [B, K], B divides M: LayerNorm and modulation in front, or None. Returns
-    codes int8 [M, K], scales float32 [M] and lora_act T [M, R]. Same bits on every run.
+    T, nominal [R, K], in operand order (low_rank.py) · scale, shift: T [B, K], B divides M: LayerNorm and modulation in
+    front, or None · cut: for tests and benchmarks. Returns codes int8 [M, K], scales float32 [M] and lora_act T [M, R].
+    Same bits on every run.
     """
     m, k = x.shape
     rank = proj_down.shape[0]
@@ -268,40 +285,102 @@ def quantize_act_int8(
     lora_act = torch.empty(m, rank, dtype=x.dtype, device=x.device)
     if m == 0:
         return codes, scales, lora_act
-    rows = m
+    batches = 1
     if scale is not None:
         for name, tensor in (("scale", scale), ("shift", shift)):
             if tensor.ndim != 2 or tensor.shape[1] != k or m % tensor.shape[0] or tensor.stride(1) != 1:
                 raise ValueError(f"{name} is {list(tensor.shape)}, expected [B, {k}], B a divisor of {m}")
-        rows = m // scale.shape[0]
-        if scale.shape[0] > 1 and rows % 16:  # a block of rows would need two modulations
-            parts = [
-                quantize_act_int8(x[i * rows : (i + 1) * rows], weight, proj_down, scale[i : i + 1], shift[i : i + 1])
-                for i in range(scale.shape[0])
-            ]
-            return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if scale.shape != shift.shape or scale.stride() != shift.stride():
+            scale, shift = scale.contiguous(), shift.contiguous()
+        batches = scale.shape[0]
+    rows = m // batches
+    ranks = min(rank, RANKS) // 16  # of a launch
+    architecture = describe(x.device).architecture
+    if cut is None:
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        cut = choose_cut(rows, batches, k, ranks, multiprocessors, architecture)
+    blocks_per_batch, tiles = triton.cdiv(rows, cut.rows), cut.tiles + (cut.part > 0)
+    blocks = batches * blocks_per_batch
     words = codes.view(torch.int32)
+    parts = low_rank = scales
+    arrived = words
     # Triton launches on the current device, whatever the tensors are on.
     with torch.cuda.device_of(x):
-        quantize_int8_kernel[(triton.cdiv(m, 16),)](
-            x.view(torch.int32),
-            weight.smooth_factor.view(torch.int32),
-            proj_down.view(torch.int32) if rank else words,
-            words if scale is None else scale.view(torch.int32),
-            words if shift is None else shift.view(torch.int32),
-            words,
-            scales,
-            lora_act.view(torch.int32) if rank else words,
-            m,
-            k,
-            rank,
-            x.stride(0),
-            rows,
-            0 if scale is None else scale.stride(0),
-            NORM=scale is not None,
-            SHIFT_BY=SHIFT if weight.act_unsigned else 0.0,
-            T=0 if x.dtype == torch.bfloat16 else 1,
-            num_warps=8,
-            maxnreg=128,  # two blocks per multiprocessor
-        )
+        if cut.slices > 1:
+            parts = scales.new_empty(blocks * cut.slices, 3 * tiles * 8)
+            low_rank = scales.new_empty(blocks * cut.slices, triton.next_power_of_2(max(1, ranks)) * tiles * 128)
+            arrived = _arrivals(x.device) if blocks <= MAX_BLOCKS else torch.zeros_like(scales, dtype=torch.int32)
+        for r in range(0, max(rank, 1), RANKS):  # more low-rank columns than fit beside each other
+            of_launch = min(RANKS, rank - r) // 16
+            quantize_int8_kernel[(blocks * cut.slices,)](
+                x.view(torch.int32),
+                weight.smooth_factor.view(torch.int32),
+                proj_down[r:].view(torch.int32) if rank else words,
+                words if scale is None else scale.view(torch.int32),
+                words if shift is None else shift.view(torch.int32),
+                words,
+                scales,
+                lora_act[:, r:] if rank else scales,
+                parts,
+                low_rank,
+                arrived,
+                k,
+                x.stride(0) // 2,
+                rank,
+                0 if scale is None else scale.stride(0) // 2,
+                rows,
+                blocks_per_batch,
+                NORM=scale is not None,
+                UNSIGNED=weight.act_unsigned,
+                CODES=r == 0,
+                T=0 if x.dtype == torch.bfloat16 else 1,
+                XORSIGN=x.dtype == torch.bfloat16 and architecture != "sm_80",
+                RT=of_launch,
+                **cut.constants(k),
+                num_warps=cut.warps,
+            )
     return codes, scales, lora_act
+
+
+@functools.cache
+def choose_cut(rows: int, batches: int, k: int, ranks: int, multiprocessors: int, architecture: str) -> Cut:
+    """A cut for ``batches`` times ``rows`` rows and ``ranks`` r16 tiles: the fastest by a rough model, in microseconds.
+
+    One block at a time on a multiprocessor. It takes a time of its own (with an exchange, if there are slices), one for
+    its columns (proj_down, latencies), and one for its elements: fitted to an H200.
+    """
+    shared = _SHARED_BYTES.get(architecture, _OTHER_SHARED_BYTES)
+    best, least = None, 0.0
+    for slices in (1, 2, 3, 4, 6, 8, 12, 16):
+        for tiles, part in ((0, 4), (1, 0), (1, 4), (2, 0), (3, 0), (4, 0), (4, 4)):
+            cut = Cut(tiles, part, slices)
+            # Slices wait for each other: all of a block's have to run at the same time.
+            if slices > multiprocessors or cut.shared_bytes(k, ranks) > shared:
+                continue
+            waves = triton.cdiv(batches * triton.cdiv(rows, cut.rows) * slices, multiprocessors)
+            columns = cut.steps(k) * 32 * cut.warps
+            time = waves * (4 + 3 * (slices > 1) + columns * (1.5e-3 + 1.1e-4 * cut.rows))
+            if best is None or time < least:
+                best, least = cut, time
+    if best is None:
+        raise ValueError(f"K is {k}: too long for this GPU")
+    return best
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters of slices that have come so far, int32 [MAX_BLOCKS], 0 before and after every call.
+
+    One set for each stream, and one for all CUDA graphs of a device: graphs that contain this kernel cannot run side by
+    side. A cache on a function that is not pure: zeroing counters in every call would be a kernel of its own.
+    """
+    of_graphs = _zeros(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return of_graphs
+    return _zeros(device, torch.cuda.current_stream(device).cuda_stream + 1)
+
+
+@functools.cache
+def _zeros(device: torch.device, key: int) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("quantize_act_int8: call it once before it is captured in a CUDA graph")
+    return torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=device)

@@ -206,13 +206,14 @@ def expand_w4_to_int8(weight: W4A4) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns (q int8 [N, K], scales float32 [N], sums int32 [N]): scales = max over groups of wscales / 16, so that the
     group with the largest scale stays exact and no code from -8 to 7 saturates (amax * 7 / 127 would cut -8);
-    q = rint(q4 * wscales / scales); sums of q along K, which unsigned activation codes need (:func:`gemm_w8a8`).
+    q = rint(q4 * ratio), of the exact product, with ratio = float32(wscales * float32(1 / scales)); sums of q along K,
+    which unsigned activation codes need (:func:`gemm_w8a8`).
     """
     wscales = weight.wscales.float()
     scales = wscales.abs().amax(dim=1) * 0.0625
-    # The kernel multiplies by the reciprocal: half a unit in the last place of float32 from the quotient.
-    ratio = (wscales * scales.reciprocal()[:, None]).nan_to_num(nan=0.0)
-    q = (weight.q.float() * ratio.repeat_interleave(GROUP, dim=1)).round().to(torch.int8)
+    ratio = (wscales * scales.reciprocal()[:, None]).nan_to_num(nan=0.0).double()
+    groups = weight.q.double().reshape(*ratio.shape, GROUP)
+    q = groups.mul_(ratio[..., None]).round_().to(torch.int8).reshape(weight.q.shape)
     return q, scales, q.sum(dim=1, dtype=torch.int32)
 
 

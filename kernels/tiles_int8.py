@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
@@ -46,34 +47,33 @@ def choose_tile(m: int, n: int, architecture: str, second: bool = False, epilogu
 
 @dataclass(frozen=True)
 class HopperTile:
-    """What the kernel is compiled for.
+    """What the Hopper kernel is compiled for; its blocks have 128 x 128 outputs and steps of 128 columns of K.
 
-    rows x tn outputs of a block, tm x tn of a warpgroup · stages: buffers of the ring · ranks: columns of the low-rank
-    branch in a step, 0 for none · second, unsigned, unsigned2, bias, epilogue: as in gemm_w8a8 · one_gate: whether the
-    gate has one row · split: whether there are pieces, of least_steps each · skew: see above · group_m: row blocks
-    before the next column block · producer_warps: one of them loads; four are a warpgroup of their own · registers: of
-    a multiplying and of a loading thread · probe: 1 or 2 to leave out all loads, or those of the weights, and see what
-    they cost; results are then wrong.
+    stages: buffers of the ring · group_m: row blocks before the next column block · join: what pieces cost, in steps;
+    see plan_items · producer_warps: one of them loads; four are a warpgroup of their own · registers: of a multiplying
+    and of a loading thread. Filled in for each call: ranks: columns of the low-rank branch at a time, 0 for none ·
+    second, unsigned, unsigned2, epilogue: as in gemm_w8a8 · one_gate: whether the gate has one row.
     """
 
-    rows: int = 128
-    tm: int = 64
-    tn: int = 256
-    stages: int = 4
+    stages: int = 5
+    group_m: int = 8
+    join: int = 25
+    producer_warps: int = 4
+    registers: tuple[int, int] = (240, 24)
     ranks: int = 32
     second: bool = False
     unsigned: bool = False
     unsigned2: bool = False
-    bias: bool = True
     epilogue: int = 0
     one_gate: bool = False
-    split: bool = False
-    skew: int = 2
-    group_m: int = 8
-    least_steps: int = 6
-    producer_warps: int = 4
-    registers: tuple[int, int] = (240, 24)
-    probe: int = 0
+
+
+# For all sizes: blocks of 128 x 256 that two warpgroups share do less in shared memory, but cannot hide their epilogue;
+# blocks of 64 x 128 are no faster for few rows. Without pieces: NO_PIECES.
+HOPPER = HopperTile()
+NO_PIECES = HopperTile(join=10**6)
+BLOCK = 128
+MOST_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,27 @@ class Plan:
         """Blocks that are cut into pieces."""
         return (self.items - self.whole) // self.pieces if self.pieces > 1 else 0
 
-    def least_steps(self, steps: int) -> int:
-        """Steps of the shortest item."""
-        return steps // self.pieces
-
-    def partial_elements(self, tile: HopperTile) -> int:
-        """float32 values that wait in memory: first those of the first input, then those of the pieces."""
-        first_input = self.grid * 2 * tile.tm * tile.tn if tile.second else 0
-        return first_input + self.split_blocks * self.pieces * tile.rows * tile.tn
+    def partial_elements(self, second: bool) -> int:
+        """32-bit values that wait in memory: of the first of two inputs, or of the pieces."""
+        return (self.grid * 2 if second else self.split_blocks * self.pieces) * BLOCK * BLOCK
 
 
+@functools.lru_cache(maxsize=256)
 def plan_items(m: int, n: int, steps: int, tile: HopperTile, multiprocessors: int) -> Plan:
-    """Cut the blocks of the last wave along K where that fills more multiprocessors. steps: of K, 128 columns each."""
-    blocks = -(-m // tile.rows) * -(-n // tile.tn)
-    left = blocks % multiprocessors
-    pieces = min(multiprocessors // left, steps // tile.least_steps) if left else 1
-    if pieces < 2:
-        return Plan(blocks, 1, blocks, min(blocks, multiprocessors))
-    items = blocks - left + left * pieces
-    return Plan(blocks - left, pieces, items, min(items, multiprocessors))
+    """Cut the blocks of the last wave, or of the last two, along K where that ends earlier.
+
+    steps: of K. An item is taken to last as long as its steps, and ``tile.join`` longer if it is a piece, whose sums
+    have to meet those of the others in memory.
+    """
+    blocks = -(-m // BLOCK) * -(-n // BLOCK)
+    best, least = Plan(blocks, 1, blocks, min(blocks, multiprocessors)), -(-blocks // multiprocessors) * steps
+    for left in (blocks % multiprocessors, blocks % multiprocessors + multiprocessors):
+        if not 0 < left <= blocks:
+            continue
+        for pieces in range(2, min(MOST_PIECES, steps) + 1):
+            items = blocks - left + left * pieces
+            time = (blocks - left) // multiprocessors * steps
+            time += -(-left * pieces // multiprocessors) * (-(-steps // pieces) + tile.join)
+            if time < least:
+                best, least = Plan(blocks - left, pieces, items, min(items, multiprocessors)), time
+    return best

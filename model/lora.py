@@ -22,7 +22,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
-from ..kernels.layout import pack_lowrank_down, pack_lowrank_up
+from ..kernels.layout import concat_lowrank, pack_lowrank_down, pack_lowrank_up
 
 log = logging.getLogger(__name__)
 
@@ -185,18 +185,11 @@ def extend_parts(parts: tuple[PackedW4A4, ...], axis: int, columns: Columns) -> 
             up = torch.nn.functional.pad(up, (0, missing)).to(part.proj_up.dtype)
             part = dataclasses.replace(
                 part,
-                proj_down=_beside(part.proj_down, pack_lowrank_down(down)),
-                proj_up=_beside(part.proj_up, pack_lowrank_up(up)),
+                proj_down=concat_lowrank(part.proj_down, pack_lowrank_down(down)),
+                proj_up=concat_lowrank(part.proj_up, pack_lowrank_up(up)),
             )
         extended.append(part)
     return tuple(extended)
-
-
-def _beside(factor: Tensor, more: Tensor) -> Tensor:
-    """Two packed low-rank factors [rows, R] side by side: tiles of 16 x 16 in the order of rows, then of ranks."""
-    rows = factor.shape[0]
-    tiles = (tensor.reshape(rows // 16, tensor.shape[1] // 16, 256) for tensor in (factor, more))
-    return torch.cat(tuple(tiles), dim=1).reshape(rows, factor.shape[1] + more.shape[1])
 
 
 def _embed(tensor: Tensor, axis: int, start: int, length: int, size: int) -> Tensor:

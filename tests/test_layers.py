@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checks import relative_error
@@ -98,6 +100,30 @@ def test_int8_layers(m: int, dtype: torch.dtype, rank: int) -> None:
         int4 = relative_error(INT4.linear_parts_w4a4(x, (part,), 0, bias), exact)
         assert relative_error(y, exact) <= 0.35 * int4
         assert torch.equal(y, INT8.linear_parts_w4a4(x, (part,), 0, bias)), "two runs differ"
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("ranks", [(32, 32), (16, 80), (160, 112)])
+@pytest.mark.parametrize("kind", ["INT4", "INT8"])
+def test_one_input_for_two_layers(kind: str, ranks: tuple[int, int], norm: bool) -> None:
+    """What each gets by itself, but for the order of the low-rank sums; made apart beyond the largest rank."""
+    from svdq.kernels import layers
+
+    compute, dtype, k = getattr(layers, kind), torch.bfloat16, 1152
+    parts = [layer(n, k, rank, dtype) for n, rank in zip((384, 256), ranks, strict=True)]
+    parts[1] = replace(parts[1], smooth_factor=parts[0].smooth_factor)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, k, generator=generator).to(dtype).to(DEVICE)
+    scale, shift = (torch.randn(1, k, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    modulation = layers.Modulation(scale, shift) if norm else None
+    together = compute.quantize_for(x, tuple(parts), modulation)
+    codes = [found.codes if kind == "INT8" else found[0] for found in together]
+    assert (codes[0] is codes[1]) == (compute.max_rank is None or sum(ranks) <= compute.max_rank)
+    for part, found in zip(parts, together, strict=True):
+        alone = compute.quantize(x, part, modulation)
+        first = (found.codes, alone.codes) if kind == "INT8" else (found[0], alone[0])
+        assert torch.equal(*first)
+        assert relative_error(compute.multiply(found, part, None), compute.multiply(alone, part, None)) <= 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 3])

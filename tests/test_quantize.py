@@ -56,7 +56,10 @@ def check(x: torch.Tensor, layer: W4A4, norm=None, cut=None, lora_error: float =
     # a norm in front there are two such roundings.
     steps = (ascales.view(torch.int16).int() - expected_ascales.view(torch.int16).int()).abs()
     assert steps.max() <= (1 if norm is None else 2)
-    assert (steps > 0).float().mean() <= 1e-3
+    # A share, and three more: one of 462 scales is more than the share. In the 77 x 384 case with a norm, float64 puts
+    # one value 6.5e-6 bf16 steps, 4.7e-8 of it, from where its rounding changes. That is less than float32 resolves, so
+    # the order of operations decides (of two in PyTorch one moves that scale), and it is its group's largest value.
+    assert (steps > 0).float().mean() <= 1e-3 + 3 / steps.numel()
     if lora_act.numel():
         assert relative_error(lora_act, x.double() @ layer.proj_down.double().t()) < lora_error
 
@@ -84,7 +87,8 @@ def test_against_the_reference(m: int, k: int, rank: int, unsigned: bool, dtype:
     ids=str,
 )
 def test_every_cut_of_the_work(cut: tuple[int, ...]) -> None:
-    """1024 columns are 16 groups: with 5 and 3 pieces the last is shorter, and odd numbers of groups occur."""
+    """1024 columns are 16 groups: with 3 pieces the last is shorter, and odd numbers of groups occur. 16 staged groups
+    are too many to be copied ahead."""
     from svdq.kernels.quantize import Cut
 
     x = torch.randn(200, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -207,7 +211,7 @@ def test_machine_code(arch: str, kind: str) -> None:
     pointers |= {"scale_ptr": "*i32", "shift_ptr": "*i32"}
     sizes = dict.fromkeys(("M", "K", "R", "stride_x", "row_blocks", "groups_per_piece", "rows_per_batch"), "i32")
     constants = {"UNSIGNED": kind == "u4", "T": 0, "XORSIGN": arch != "sm_80", "RT": ranks, "NORM": int(kind == "norm")}
-    constants |= {"WM": 8, "WK": 1, "SLAB": 8, "PIECES": 8 if ranks else 1}
+    constants |= {"WM": 8, "WK": 1, "SLAB": 4, "BUFFERS": 2, "PIECES": 8 if ranks else 1}
     aligned = {*pointers, "K", "R", "stride_x"}
     figures = sass.compile_for(
         quantize_kernel, pointers | sizes, constants, arch, 8, aligned, mma="HMMA" if ranks else "HMNMX2"

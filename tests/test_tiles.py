@@ -1,11 +1,14 @@
-"""Tile choice: what it returns fits the hardware, fills it, and is a plain function."""
+"""Tile choice: what it returns fits the hardware, fills it, and is a plain function. And the Hopper kernel's items."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from svdq.kernels import tiles
 from svdq.kernels.tiles import Tile, choose_tile
+from svdq.kernels.tiles_int8 import BLOCK, HOPPER, NO_PIECES, Plan, plan_items
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 FLUX_LINEARS = ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288))  # N, K
@@ -61,3 +64,31 @@ def test_shared_memory_and_registers_by_hand() -> None:
 )
 def test_tiles_that_cannot_run_say_why(tile: Tile, n: int, message: str) -> None:
     assert message in tile.problem(n, "sm_86")
+
+
+# ---- the Hopper kernel of the INT8 GEMM
+
+H200 = 132  # multiprocessors
+
+
+def test_blocks_that_are_left_over_are_cut_where_that_pays() -> None:
+    assert plan_items(1536, 3072, 96, HOPPER, H200) == Plan(264, 5, 384, 132)  # two waves and 24 blocks: 5 pieces each
+    assert plan_items(1024, 3072, 96, HOPPER, H200) == Plan(132, 2, 252, 132)
+    assert plan_items(4608, 3072, 96, HOPPER, H200).pieces == 1  # 72 of 132 would be two rounds of pieces
+    assert plan_items(1536, 3072, 24, HOPPER, H200).pieces == 1  # too short
+    assert plan_items(1536, 3072, 96, NO_PIECES, H200) == Plan(288, 1, 288, 132)
+    assert plan_items(1, 256, 1, HOPPER, H200) == Plan(2, 1, 2, 2)
+
+
+@pytest.mark.parametrize(("n", "k"), FLUX_LINEARS)
+@pytest.mark.parametrize("m", [1, 63, 512, 1024, 1536, 4608, 16896])
+@pytest.mark.parametrize("multiprocessors", [1, 78, H200])
+def test_items_are_all_of_the_work(m: int, n: int, k: int, multiprocessors: int) -> None:
+    for join in (0, HOPPER.join):
+        plan = plan_items(m, n, k // 128, replace(HOPPER, join=join), multiprocessors)
+        assert plan.whole + plan.split_blocks == -(-m // BLOCK) * -(-n // BLOCK)
+        assert plan.items == plan.whole + plan.split_blocks * plan.pieces
+        assert plan.whole % multiprocessors == 0 or plan.pieces == 1
+        assert plan.grid == min(plan.items, multiprocessors)
+        assert plan.split_blocks < 4 * multiprocessors, "as many counters as there are"
+        assert k // 128 >= plan.pieces, "no piece is empty"
