@@ -96,7 +96,8 @@ class _Weights:
             if not copied:
                 yield parts, bias
                 return
-            parts = tuple(part.map(Tensor.clone) for part in parts)
+            clones: dict[int, Tensor] = {}  # parts that share a tensor go on sharing it
+            parts = tuple(part.map(lambda t: clones.setdefault(id(t), t.clone())) for part in parts)
             bias = None if bias is None else bias.clone()
         yield parts, bias
 
@@ -281,8 +282,13 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
         norms = (weights.norms["norm.query_norm"], weights.norms["norm.key_norm"])
         with weights.use("linear1", copied=True) as ((part, fc1), bias):
             part_bias, fc1_bias = (None, None) if bias is None else (bias[: part.n], bias[part.n :])
-            self._project_qkv(x, part, part_bias, modulation, norms, rotary, qkv)
-            y = self.layers.quantize(rows, fc1, modulation)
+            if batch == 1:
+                first, y = self.layers.quantize_for(rows, (part, fc1), modulation)
+                after = self.layers.after(norm_q=norms[0], norm_k=norms[1], rotary=rotary[0])
+                self.layers.multiply(first, part, part_bias, after, out=qkv[0])
+            else:
+                self._project_qkv(x, part, part_bias, modulation, norms, rotary, qkv)
+                y = self.layers.quantize(rows, fc1, modulation)
             with weights.use("linear2") as ((attn_out, fc2), bias2):
                 y = self.layers.gelu_input(y, fc1, fc1_bias, fc2)
                 attention = attend(qkv.view(batch, length, 3, -1, HEAD))

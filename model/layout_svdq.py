@@ -141,6 +141,14 @@ def packed_parts(qdata: Tensor, params: SVDQParams) -> tuple[PackedW4A4, ...]:
     return head, last
 
 
+def smooths_alike(weight: QuantizedTensor) -> bool:
+    """Whether a weight's two parts take one input and smooth it by the same factors. Reads them."""
+    params = weight._params
+    if weight._layout_cls != SVDQInt4Layout.__name__ or params.head_qdata is None or params.axis != 0:
+        return False
+    return not params.unsigned and torch.equal(params.head_smooth, params.smooth)
+
+
 def packed_awq(qdata: Tensor, params: AWQParams) -> PackedAWQ:
     """The AWQ weight behind a tensor, sharing its memory."""
     return PackedAWQ(qdata, params.scale, params.zeros, params.splits)

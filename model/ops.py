@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from ..kernels import Backend
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
 from . import lora
-from .layout_svdq import STATE_SUFFIXES, SVDQAwqLayout, SVDQInt4Layout, dequantize, packed_awq, packed_parts
+from .layout_svdq import (
+    STATE_SUFFIXES,
+    SVDQAwqLayout,
+    SVDQInt4Layout,
+    dequantize,
+    packed_awq,
+    packed_parts,
+    smooths_alike,
+)
 
 _QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
 
@@ -154,6 +162,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self._functions = {name: _Functions(self, name) for name in self.slots}
         self._columns: lora.Columns | None = None
         self._extended: tuple[lora.Columns, _Factors] | None = None
+        self._one_input = False  # whether both parts of the weight smooth their common input alike
 
     # ---- what core sets on modules
 
@@ -215,6 +224,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             if is_quantized(value):
                 # Core casts a module's parameters to these types when it moves them; ours keep the file's.
                 self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = None
+                self._one_input = smooths_alike(value)
             elif not assign:
                 value = value.clone()
             setattr(self, name, nn.Parameter(value, requires_grad=False))
@@ -331,8 +341,14 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         return limit is None or rank + -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE <= limit
 
     def parts(self, weight: QuantizedTensor, x: Tensor) -> tuple[PackedW4A4, ...]:
-        """The parts of a linear that is ``plain``, LoRAs included, for activations like x; weight: from on_device."""
-        return self._with_columns(packed_parts(weight._qdata, weight._params), self._split_patches(x)[0])
+        """The parts of a linear that is ``plain``, LoRAs included, for activations like x; weight: from on_device.
+
+        Parts with one smooth_factor between them, the same tensor, can share a quantized input.
+        """
+        parts = packed_parts(weight._qdata, weight._params)
+        if self._one_input:
+            parts = (parts[0], dataclasses.replace(parts[1], smooth_factor=parts[0].smooth_factor))
+        return self._with_columns(parts, self._split_patches(x)[0])
 
     def _with_columns(self, parts: tuple[PackedW4A4, ...], columns: lora.Columns | None) -> tuple[PackedW4A4, ...]:
         if columns is None:

@@ -37,6 +37,19 @@ def quantized_modules(model: torch.nn.Module) -> list[QuantizedLinear]:
 class SVDQModelPatcher(SaveMixin, comfy.model_patcher.ModelPatcher):
     """The patcher without dynamic VRAM."""
 
+    _stays = False  # while patches change on a model that is and will be on the GPU as a whole
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> Any:
+        # Core takes the whole model off the GPU and brings it back to give weights other patches (1253). Ours do not
+        # change with their patches, and CUDA graphs know where they are.
+        used = self.model.model_loaded_weight_memory
+        loaded = used > 0 and not self.model.model_lowvram and self.model.device == device_to
+        self._stays = loaded and used + extra_memory > self.model_size()
+        try:
+            return super().partially_load(device_to, extra_memory, force_patch_weights)
+        finally:
+            self._stays = False
+
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
     ) -> Any:
@@ -49,7 +62,7 @@ class SVDQModelPatcher(SaveMixin, comfy.model_patcher.ModelPatcher):
         return None
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
-        super().unpatch_model(device_to, unpatch_weights)
+        super().unpatch_model(None if self._stays else device_to, unpatch_weights)
         if unpatch_weights:
             for module in quantized_modules(self.model):
                 for slots in module.slots.values():

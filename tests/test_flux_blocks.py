@@ -144,16 +144,19 @@ def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_compile(backend: str, path: Path, load) -> None:
-    """What inductor compiles is the layers around the blocks, in another order of roundings."""
-    patcher, arguments = load(backend), inputs(open_checkpoint(path), size=16, tokens=20)
-    expected = forward(patcher, arguments)
-    flux, dense = patcher.model.diffusion_model, forward(load_dense(path), arguments)
+    """Inductor compiles the layers around the blocks in another order of roundings, which random weights amplify: the
+    dense model, compiled, moves as far."""
+    patcher, dense, arguments = load(backend), load_dense(path), inputs(open_checkpoint(path), size=16, tokens=20)
+    error = relative(forward(patcher, arguments), forward(dense, arguments))
+    flux = patcher.model.diffusion_model
     torch._dynamo.reset()
-    flux.compile()
     try:
-        for _ in range(3):
-            y = forward(patcher, arguments)
-        assert relative(y, dense) <= 1.1 * relative(expected, dense)
+        outs = []
+        for model in (patcher, dense):
+            model.model.diffusion_model.compile()
+            outs += [forward(model, arguments), forward(model, arguments)]
+        assert torch.equal(outs[0], outs[1])
+        assert relative(outs[0], outs[2]) <= 1.5 * error
         assert flux.double_blocks[0].graphs.count() == len(flux.double_blocks) + len(flux.single_blocks)
     finally:
         torch._dynamo.reset()

@@ -39,6 +39,11 @@ class PlainLayers:
         assert x.shape[1] == part.k
         return x if modulation is None else reference.layer_norm_modulate(x, modulation.scale, modulation.shift)
 
+    def quantize_for(self, x, parts, modulation):
+        first, second = parts
+        assert second.smooth_factor is first.smooth_factor, "these could share their input"
+        return tuple(self.quantize(x, part, modulation) for part in parts)
+
     def multiply(self, x, part, bias, after=None, out=None):
         self.products += 1
         return self._finish(self._product(x, part, bias), after, out)
@@ -107,7 +112,10 @@ def test_fused_blocks_are_the_stock_ones(models, path: Path, size: int, tokens: 
     assert layers.products > 0
 
 
-def test_weights_that_core_brings_are_used_before_the_next_ones_come(models, path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_weights_that_core_brings_are_used_before_the_next_ones_come(
+    models, path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Core brings offloaded weights through buffers that it writes over: here, each time, all that came before."""
     import contextlib
 
@@ -116,7 +124,7 @@ def test_weights_that_core_brings_are_used_before_the_next_ones_come(models, pat
     from svdq.model import flux, ops
 
     fused, stock, layers = models
-    arguments = inputs(open_checkpoint(path))
+    arguments = inputs(open_checkpoint(path), batch=batch)
     expected = forward(stock, arguments)
     forward(fused, arguments)
     products, brought = layers.products, []

@@ -98,6 +98,28 @@ def test_int4_arithmetic_is_close_to_16bit(golden: Path, tiny, arguments, load, 
     assert 1e-3 < error < 0.05  # measured 0.027: activations are quantized, and this model's weights are random
 
 
+def test_a_lora_leaves_the_weights_where_they_are(checkpoint_path, load) -> None:
+    """On another device than the one for offloaded weights, which takes what core sends there for good."""
+    import comfy.sd
+
+    path = checkpoint_path("dev")
+    arguments, patcher = inputs(open_checkpoint(path)), load(str(path))
+    expected = forward(patcher, arguments)
+    hidden = patcher.model.diffusion_model.hidden_size
+    lora = {
+        f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{side}.weight": torch.ones(*shape)
+        for side, shape in {"down": (4, hidden), "up": (3 * hidden, 4)}.items()
+    }
+    models = [comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)[0] for strength in (1.0, 0.5)]
+    for model in (patcher, *models):
+        model.offload_device = torch.device("meta")
+    outs = [forward(model, arguments) for model in (*models, patcher)]
+    assert torch.equal(outs[-1], expected)
+    assert all(relative(out, expected) > 1e-3 for out in outs[:-1])
+    for model in (patcher, *models):
+        model.offload_device = patcher.load_device
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_moved_in_inference_mode_and_outside(checkpoint_path, load, inside: bool) -> None:
     """ComfyUI runs prompts in inference mode, and unloads on request or at exit outside of it."""
