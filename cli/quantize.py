@@ -7,25 +7,48 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..loaders.weights import FluxConfig
     from ..quantizer.job import Result
+    from .console import StatusLine
 
 DTYPES = ("bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
-DEFAULT_RANK = 32
+AUTO = "auto"
+DEFAULT_RANK, MAX_RANK = 32, 128
 DEFAULT_ITERATIONS = 8
+DEFAULT_TARGET = 0.1
+_LEAST_SHARE = 0.02  # done, before the speed says something
+DEFAULT_SIZE = (1024, 1024)
+DEFAULT_STEPS = 8
+_WHICH = (
+    "say what the calibration is to see: --prompts FILE (one per line; needs FLUX's text encoders) or "
+    "--conditioning FILE (made by the node SVDQ Save Conditioning); or add --no-calibration to use the weights alone, "
+    "which is quick and worse"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="SRC", help="16-bit FLUX.1 model: a .safetensors file or a folder of them")
     parser.add_argument("out", metavar="OUT", help="the .safetensors file to write, 3.5 times smaller")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--prompts", metavar="FILE", help="calibrate on these prompts: a UTF-8 text, one per line")
+    how.add_argument("--conditioning", metavar="FILE", help="the same, encoded: a file of SVDQ Save Conditioning")
+    how.add_argument("--no-calibration", action="store_true", help="use the weights alone")
+    parser.add_argument("--gptq", action="store_true", help="let weights make up for each other's rounding: slower")
     parser.add_argument(
-        "--no-calibration", action="store_true", help="use the weights alone; the only way yet, so needed"
+        "--size", type=_size, default=DEFAULT_SIZE, metavar="WxH", help="of the calibration's pictures: 1024x1024"
     )
-    parser.add_argument("--rank", type=int, default=DEFAULT_RANK, help="of the low-rank branch: 16 to 128, default 32")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="per prompt: 8 (default); 4 suits schnell")
+    parser.add_argument("--text-encoders", type=Path, metavar="DIR", help="folder with t5xxl* and clip_l*")
+    parser.add_argument(
+        "--rank", type=_rank, default=DEFAULT_RANK, help="of the low-rank branch: 16 to 128, default 32; or auto"
+    )
+    parser.add_argument(
+        "--target-error", type=float, metavar="X", help="with --rank auto: of a layer's output, relative; default: 0.1"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of scales and 16-bit layers; default: bf16")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default): a GPU if there is one")
     parser.add_argument(
@@ -39,29 +62,86 @@ def run(args: argparse.Namespace) -> int:
     from . import UserError
     from .console import StatusLine
 
-    if not args.no_calibration:
-        raise UserError("calibrated quantization is not there yet; add --no-calibration to use the weights alone")
-    started = time.monotonic()
-    status = StatusLine()
+    started, status = time.monotonic(), StatusLine()
+    calibrated = args.prompts or args.conditioning
+    if not calibrated and not args.no_calibration:
+        raise UserError(_WHICH)
+    if args.rank == AUTO:
+        args.rank, args.target_error = MAX_RANK, args.target_error or DEFAULT_TARGET
+    elif args.target_error is not None:
+        raise UserError("--target-error is for --rank auto")
+    if not calibrated and args.gptq:
+        raise UserError("--gptq looks at activations, so it needs --prompts or --conditioning")
+    if calibrated:
+        from . import quantize_calibrated
+
+        quantize_calibrated.run(quantize_calibrated.job_of(args), lambda text: status.update(f"{args.out}: {text}"))
+        report = json.loads(Path(f"{args.out}.report.json").read_text(encoding="utf-8"))
+    else:
+        report = _without_calibration(args, status)
+    status.clear()
+    print(_summary(args.out, report, time.monotonic() - started))
+    return 0
+
+
+class TimeLeft:
+    """How far something is and how long the rest takes at the speed so far; starts anew where it falls back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first: tuple[float, float] | None = None
+        self._last = 0.0
+
+    def text(self, done: float, total: float) -> str:
+        now, share = self._clock(), done / total
+        if self._first is None or share < self._last:
+            self._first = now, share
+        self._last = share
+        started, before = self._first
+        if share >= 1 or share - before < _LEAST_SHARE:
+            return f"{share:4.0%}"
+        left = (now - started) / (share - before) * (1 - share)
+        return f"{share:4.0%}, {left / 60:.0f} min left" if left >= 90 else f"{share:4.0%}, {left:.0f} s left"
+
+
+def _without_calibration(args: argparse.Namespace, status: StatusLine) -> dict[str, Any]:
+    left = TimeLeft()
 
     def progress(done: int, total: int, name: str) -> None:
-        status.update(f"{args.out}: {done / total:4.0%}, {name}")
+        status.update(f"{args.out}: {left.text(done, total)}, {name}")
 
     result = quantize(
-        args.file, args.out, args.rank, args.dtype, args.device, args.iterations, args.seed, args.force, progress
-    )
+        args.file, args.out, args.rank, args.dtype, args.device, args.iterations, args.seed, args.force, progress,
+        args.target_error or 0.0,
+    )  # fmt: skip
     status.clear()
     if result.resumed:
         print(f"{args.out}: went on from {result.resumed} finished units")
     for folder in result.leftovers:
         print(f"{folder}: unfinished work with other settings, left alone; delete it if you do not need it")
-    summary = result.report["summary"]["w4a4"]
-    mean = {name: (summary[name] or {}).get("mean") for name in ("weight_sqnr_db", "output_sqnr_db")}
-    print(
-        f"{args.out}: {result.nbytes / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s; 4-bit layers: "
-        f"weights {mean['weight_sqnr_db']} dB, outputs for random activations {mean['output_sqnr_db']} dB"
-    )
-    return 0
+    return result.report
+
+
+def _summary(out: str, report: dict[str, Any], seconds: float) -> str:
+    summary = report["summary"]["w4a4"]
+    names = {
+        "weight_sqnr_db": "weights",
+        "calibration_sqnr_db": "outputs for the activations of the calibration",
+        "output_sqnr_db": "outputs for random activations",
+    }
+    means = [f"{text} {summary[name]['mean']} dB" for name, text in names.items() if summary[name]]
+    return f"{out}: {report['bytes'] / 1e6:,.1f} MB in {seconds:.1f} s; 4-bit layers: {', '.join(means)}"
+
+
+def _rank(text: str) -> int | str:
+    return AUTO if text == AUTO else int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()) or int(width) % 16 or int(height) % 16 or "0" in (width, height):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, as 1024x768")
+    return int(width), int(height)
 
 
 def quantize(
@@ -74,6 +154,7 @@ def quantize(
     seed: int = 0,
     force: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    target_error: float = 0.0,
 ) -> Result:
     """Quantize the 16-bit model ``path`` to ``out`` from its weights alone; the arguments are the command's options.
 
@@ -90,15 +171,6 @@ def quantize(
         raise problem(str(out), "device", "no CUDA GPU", "one that torch sees", "Use --device cpu, or see: doctor")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = open_dense(path)
-    settings = job.Settings(rank, dtype, iterations, seed)
-    metadata = _metadata(os.path.basename(os.path.abspath(path)), model.config, rank)
+    settings = job.Settings(rank, dtype, iterations, seed, target_error=target_error)
+    metadata = job.file_metadata(os.path.basename(os.path.abspath(path)), model.config, rank)
     return job.quantize(model, out, settings, metadata, device, force, progress)
-
-
-def _metadata(source: str, config: FluxConfig, rank: int) -> dict[str, str]:
-    """The four strings of a merged file, with the source's name where the loader looks for the variant."""
-    from . import synth
-
-    metadata = synth.file_metadata("", config, rank)
-    diffusers = json.loads(metadata["config"]) | {"_name_or_path": source}
-    return metadata | {"config": json.dumps(diffusers, indent=2) + "\n", "svdq.source": source}

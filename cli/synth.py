@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -80,6 +79,7 @@ def synth(
     import torch
 
     from ..kernels.int4 import RANK_MULTIPLE
+    from ..loaders.metadata import merged_metadata
     from ..loaders.safetensors_file import problem
     from .synth_weights import STYLES, WeightMaker, tensor_specs
 
@@ -90,7 +90,7 @@ def synth(
     config = flux_config(variant, scale)
     specs = tensor_specs(config, rank, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
     maker = WeightMaker(config, specs, seed, STYLES[scale])
-    metadata = file_metadata(variant, config, rank)
+    metadata = merged_metadata(variant, config, rank)
     with (_single_file if container == "single" else _legacy_folder)(path, specs, metadata, force) as write:
         _make_all(maker, write, progress)
     files = [path] if path.is_file() else path.iterdir()
@@ -169,53 +169,3 @@ def _legacy_folder(
             os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def file_metadata(variant: str, config: FluxConfig, rank: int) -> dict[str, str]:
-    """The four strings of a merged file. ``rank`` stands in quantization_config as the current merge tool writes it;
-    the published r32 files are older and do not have it."""
-    diffusers = {
-        "_class_name": "FluxTransformer2DModel",
-        "_diffusers_version": "0.30.0.dev0",
-        "_name_or_path": f"synthetic/flux.1-{variant}",
-        "attention_head_dim": 128,
-        "guidance_embeds": config.guidance_embed,
-        "in_channels": config.in_channels,
-        "joint_attention_dim": config.context_in_dim,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.depth,
-        "num_single_layers": config.depth_single_blocks,
-        "patch_size": 1,
-        "pooled_projection_dim": config.vec_in_dim,
-    }
-    if config.in_channels != config.out_channels:
-        diffusers["out_channels"] = config.out_channels
-    comfy = {
-        "model_class": "Flux" if config.guidance_embed else "FluxSchnell",
-        "model_config": {
-            "axes_dim": [16, 56, 56],
-            "context_in_dim": config.context_in_dim,
-            "depth": config.depth,
-            "depth_single_blocks": config.depth_single_blocks,
-            "disable_unet_model_creation": True,
-            "guidance_embed": config.guidance_embed,
-            "hidden_size": config.hidden_size,
-            "image_model": "flux",
-            "in_channels": config.in_channels // 4,
-            "mlp_ratio": 4.0,
-            "num_heads": config.num_heads,
-            "out_channels": 16,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "theta": 10000,
-            "vec_in_dim": config.vec_in_dim,
-        },
-    }
-    codes = {"dtype": "int4", "scale_dtype": None, "group_size": 64}
-    quantization = {"method": "svdquant", "weight": codes, "activation": codes, "rank": rank}
-    return {
-        "config": json.dumps(diffusers, indent=2) + "\n",
-        "comfy_config": json.dumps(comfy, indent=2) + "\n",
-        "model_class": "NunchakuFluxTransformer2dModel",
-        "quantization_config": json.dumps(quantization),
-    }

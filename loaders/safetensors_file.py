@@ -85,9 +85,10 @@ def read_header(path: str) -> Header:
     try:
         file_bytes = os.path.getsize(path)
         with open(path, "rb") as file:
-            prefix = file.read(8)
+            prefix, brace = file.read(8), file.read(1)
             foreign = next((what for magic, what in _FOREIGN.items() if prefix.startswith(magic)), None)
-            if foreign is not None:
+            # The size of a header may look like one of these: 1152 bytes like a pickle.
+            if foreign is not None and not (prefix.endswith(bytes(4)) and brace == b"{"):
                 raise problem(path, "first bytes", foreign, "a safetensors file", "Choose the .safetensors file")
             if len(prefix) < 8:
                 raise problem(path, "file size", f"{file_bytes} bytes", "at least a safetensors header", _REDOWNLOAD)
@@ -99,7 +100,7 @@ def read_header(path: str) -> Header:
                 )  # fmt: skip
             if 8 + size > file_bytes:
                 raise problem(path, "header", f"a file of {file_bytes} bytes", f"a header of {size} bytes", _REDOWNLOAD)
-            raw = file.read(size)
+            raw = brace + file.read(size - 1)
     except OSError as error:
         raise _unreadable(path, error) from error
     return _parse(path, raw, file_bytes, data_bytes=file_bytes - 8 - size)

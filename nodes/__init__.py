@@ -7,8 +7,10 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
+from .conditioning_files import SVDQLoadConditioning, SVDQSaveConditioning
 from .demo_prompt import SVDQDemoPrompt
 from .flux_loader import SVDQFluxLoader
+from .flux_quantizer import SVDQFluxQuantize
 from .flux_sampler import SVDQFluxSampler
 from .migration import complete_prompt, register_replacements
 from .nunchaku import (
@@ -23,7 +25,14 @@ class SVDQExtension(ComfyExtension):
     """What ComfyUI asks for the list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SVDQFluxLoader, SVDQFluxSampler, SVDQDemoPrompt]
+        return [
+            SVDQFluxLoader,
+            SVDQFluxSampler,
+            SVDQFluxQuantize,
+            SVDQSaveConditioning,
+            SVDQLoadConditioning,
+            SVDQDemoPrompt,
+        ]
 
 
 class SVDQExtensionWithMigration(SVDQExtension):

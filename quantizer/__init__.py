@@ -1,1 +1,1 @@
-"""16-bit FLUX.1 models to SVDQuant INT4 checkpoints: solve.py (tensors), source.py, convert.py, measure.py, job.py."""
+"""16-bit FLUX.1 models to SVDQuant INT4 checkpoints: job.py is where to start."""

@@ -7,7 +7,7 @@ them (qkv and fc1 of a single block, the two attention outputs of a double block
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,10 @@ from ..loaders.safetensors_file import problem
 from ..loaders.weights import FluxConfig
 from ..loaders.write import Spec
 from . import measure, solve
+from .activations import Activations
+from .smooth import Member, Smoothing, find_smooth
 from .solve import Recipe
-from .source import DenseModel
+from .source import Source as Model
 
 PLAIN_UNIT = "16-bit layers"
 _INTEGERS = {"I8": torch.int8, "I32": torch.int32}
@@ -85,12 +87,26 @@ def stored_names(unit: Unit, specs: dict[str, Spec]) -> list[str]:
     return [name for name in specs if name.rpartition(".")[0] in modules]
 
 
+def input_sections(unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[slice]]:
+    """Stock W4A4 layer -> the sections of its input that are inputs of stored layers, of one unit.
+
+    shapes: stock tensor name -> shape. Empty for a unit without W4A4 layers.
+    """
+    sections: dict[str, list[slice]] = {}
+    for stock, source in unit.layers.items():
+        if isinstance(source, W4A4Source):
+            found = [part.columns for part in _parts(stock, source, shapes[f"{stock}.weight"])]
+            sections[stock] = [columns for index, columns in enumerate(found) if columns not in found[:index]]
+    return sections
+
+
 def convert(
-    model: DenseModel, unit: Unit, recipe: Recipe, device: torch.device
+    model: Model, unit: Unit, recipe: Recipe, device: torch.device, activations: Activations | None = None
 ) -> tuple[dict[str, Tensor], list[Facts]]:
     """(stored name -> tensor, facts for the report) of one unit.
 
-    Raises CheckpointError for weights that are not finite, or too large for the type of the file.
+    activations: of the inputs of the unit's W4A4 layers, None for calibration-free quantization. Raises CheckpointError
+    for weights that are not finite, or too large for the type of the file.
     """
     tensors: dict[str, Tensor] = {}
     facts: list[Facts] = []
@@ -101,7 +117,7 @@ def convert(
         ((stock, source),) = unit.layers.items()
         tensors, facts = _awq(model, stock, source, recipe, device)
     else:
-        for stored, found, fact in _w4a4(model, unit, recipe, device):
+        for stored, found, fact in _w4a4(model, unit, recipe, device, activations):
             tensors |= {f"{stored}.{leaf}": tensor for leaf, tensor in found.items()}
             facts.append(fact)
     for name, tensor in tensors.items():
@@ -110,12 +126,12 @@ def convert(
     return tensors, facts
 
 
-def _too_large(model: DenseModel, name: str, dtype: torch.dtype) -> None:
+def _too_large(model: Model, name: str, dtype: torch.dtype) -> None:
     found = f"a value beyond the range of {dtype}".replace("torch.", "")
     raise problem(model.path, name, found, "weights that fit", "Choose --dtype bf16, or another source")
 
 
-def _plain(model: DenseModel, stock: str, source: PlainSource, dtype: torch.dtype) -> dict[str, Tensor]:
+def _plain(model: Model, stock: str, source: PlainSource, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for leaf in ("weight", "bias") if source.has_bias else ("weight",):
         tensor = model.tensor(f"{stock}.{leaf}")
@@ -125,7 +141,7 @@ def _plain(model: DenseModel, stock: str, source: PlainSource, dtype: torch.dtyp
 
 
 def _awq(
-    model: DenseModel, stock: str, source: AWQSource, recipe: Recipe, device: torch.device
+    model: Model, stock: str, source: AWQSource, recipe: Recipe, device: torch.device
 ) -> tuple[dict[str, Tensor], list[Facts]]:
     started = time.monotonic()
     weight = model.tensor(f"{stock}.weight").to(device)
@@ -145,26 +161,57 @@ def _awq(
 
 
 def _w4a4(
-    model: DenseModel, unit: Unit, recipe: Recipe, device: torch.device
+    model: Model, unit: Unit, recipe: Recipe, device: torch.device, activations: Activations | None
 ) -> Iterator[tuple[str, dict[str, Tensor], Facts]]:
     """(stored layer, leaf -> tensor, facts)."""
     weights = {stock: model.tensor(f"{stock}.weight").to(device) for stock in unit.layers}
     parts = [part for stock, source in unit.layers.items() for part in _parts(stock, source, weights[stock].shape)]
-    for part in parts:
-        started = time.monotonic()
+    for columns in dict.fromkeys((part.columns.start, part.columns.stop) for part in parts):
         # Parts of a unit that read the same input columns share the smoothing.
-        sharing = [weights[other.stock][other.rows, other.columns] for other in parts if other.columns == part.columns]
-        smooth = solve.smooth_factor(solve.channel_span(sharing), dtype=recipe.dtype)
-        weight = weights[part.stock][part.rows, part.columns].float()
-        try:
-            quantized = solve.quantize_w4a4(weight, smooth, recipe, part.unsigned)
-        except solve.OutOfRange:
-            _too_large(model, f"{part.stock}.weight", recipe.dtype)
-        bias = model.tensor(f"{part.stock}.bias")[part.rows].to(device)
-        bias = bias if part.has_bias else torch.zeros_like(bias)
-        leaves = _leaves(quantized, solve.shifted_bias(quantized, bias).to(recipe.dtype))
-        facts = measure.w4a4_quality(weight, quantized, part.stored)
-        yield part.stored, leaves, _facts(part.stored, part.stock, "w4a4", weight.shape, leaves, facts, started)
+        started = time.monotonic()
+        sharing = [part for part in parts if (part.columns.start, part.columns.stop) == columns]
+        members = [_member(part, weights[part.stock], recipe, device, activations) for part in sharing]
+        found = find_smooth(members, recipe)
+        for part, member in zip(sharing, members, strict=True):
+            try:
+                quantized, facts = _quantize(part, member, found, recipe, _moments(part, device, activations))
+            except solve.OutOfRange:
+                _too_large(model, f"{part.stock}.weight", recipe.dtype)
+            bias = model.tensor(f"{part.stock}.bias")[part.rows].to(device)
+            bias = bias if part.has_bias else torch.zeros_like(bias)
+            leaves = _leaves(quantized, solve.shifted_bias(quantized, bias).to(recipe.dtype))
+            quality = measure.w4a4_quality(member.weight, quantized, part.stored, member.rows) | facts
+            shape = member.weight.shape
+            yield part.stored, leaves, _facts(part.stored, part.stock, "w4a4", shape, leaves, quality, started)
+            started = time.monotonic()
+
+
+def _member(
+    part: _Part, weight: Tensor, recipe: Recipe, device: torch.device, activations: Activations | None
+) -> Member:
+    statistics = None
+    if activations is not None:
+        statistics = activations.inputs[part.stock].section(part.columns).to(device, recipe.dtype)
+    return Member(weight[part.rows, part.columns], part.unsigned, statistics)
+
+
+def _quantize(
+    part: _Part, member: Member, found: Smoothing, recipe: Recipe, moments: Tensor | None
+) -> tuple[W4A4, Facts]:
+    if not recipe.target_error:
+        return found.quantize(member, recipe, moments), found.facts
+    rows = member.rows
+    if rows is None:
+        rows = measure.probe(member.weight.shape[1], recipe.dtype, part.stored, part.unsigned)
+    rows = rows.to(member.weight.device, recipe.dtype)
+    quantized, facts = found.quantize_for(member, recipe, rows, moments)
+    return quantized, found.facts | facts
+
+
+def _moments(part: _Part, device: torch.device, activations: Activations | None) -> Tensor | None:
+    if activations is None or not activations.moments:
+        return None
+    return activations.moments[part.stock, part.columns.start].to(device)
 
 
 def _leaves(quantized: W4A4, bias: Tensor) -> dict[str, Tensor]:
@@ -180,7 +227,7 @@ def _leaves(quantized: W4A4, bias: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _parts(stock: str, source: W4A4Source, shape: torch.Size) -> Iterator[_Part]:
+def _parts(stock: str, source: W4A4Source, shape: Sequence[int]) -> Iterator[_Part]:
     """``linear1`` has rows of qkv and fc1, ``linear2`` columns of the attention output and fc2, which has the bias."""
     n, k = shape
     row = column = 0
@@ -205,7 +252,7 @@ def _facts(
     kind: str,
     shape: torch.Size,
     leaves: dict[str, Tensor],
-    quality: dict[str, float | None],
+    quality: Facts,
     started: float,
 ) -> Facts:
     facts: Facts = {"name": stored, "layer": stock, "kind": kind, "shape": list(shape)}

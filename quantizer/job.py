@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,52 @@ import torch
 from torch import Tensor
 
 from ..kernels.int4 import RANK_MULTIPLE
-from ..loaders.safetensors_file import mapped_reader, problem, read_header
-from ..loaders.weights import CheckpointError
+from ..loaders.flux_names import LOW_RANK_LEAVES
+from ..loaders.metadata import merged_metadata
+from ..loaders.safetensors_file import TensorInfo, mapped_reader, problem, read_header
+from ..loaders.weights import CheckpointError, FluxConfig
 from ..loaders.write import Spec, check_target, safetensors_writer
-from .convert import Facts, Unit, convert, specs_of, stored_names, units_of
+from . import activations, report
+from .activations import Activations, Calibration
+from .convert import Facts, Unit, convert, input_sections, specs_of, stored_names, units_of
 from .solve import WEIGHT_ONLY_BETA, Recipe
-from .source import DenseModel
+from .source import Source
 
 ALGORITHM = 1  # part of every job's hash: raise it when the same settings give other bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_RANK = 128
 _FACTS = "facts"
+_STATISTICS = "activations.safetensors"
+_WORKSPACE = 4_000_000_000  # bytes on the device, for the largest unit of FLUX.1
 
 Progress = Callable[[int, int, str], None]
-"""Called with (weights done, weights in all, unit that comes next)."""
+"""Called with (done, in all, what comes next): counts weights, or evaluations of the model while these are watched."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides the bytes of the result, with the source and the kind of device.
 
-    rank: 16 to 128, a multiple of 16 · dtype: "bf16" or "fp16" · iterations: rounds of branch and codes · seed.
+    rank: 16 to 128, a multiple of 16 · dtype: "bf16" or "fp16" · iterations: rounds of branch and codes · seed ·
+    gptq: error feedback, which needs a calibration · target_error: where above 0, each layer gets the smallest rank, up
+    to ``rank``, whose relative output error is within it.
     """
 
     rank: int = 32
     dtype: str = "bf16"
     iterations: int = Recipe.iterations
     seed: int = 0
+    gptq: bool = False
+    target_error: float = 0.0
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.rank, DTYPES[self.dtype], self.iterations, self.seed)
+        return Recipe(self.rank, DTYPES[self.dtype], self.iterations, self.seed, self.target_error)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, calibration: Calibration | None) -> dict[str, Any]:
         """As JSON, for the metadata of the file and the report."""
-        return {"algorithm": ALGORITHM, "calibration": "none", "smooth_beta": WEIGHT_ONLY_BETA, **asdict(self)}
+        how = {"calibration": "none", "smooth_beta": WEIGHT_ONLY_BETA}
+        return {"algorithm": ALGORITHM, **(how if calibration is None else calibration.describe()), **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -70,31 +82,37 @@ class Result:
     leftovers: tuple[str, ...]
 
 
-def report_path(out: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(out)}.report.json")
+def file_metadata(source: str, config: FluxConfig, rank: int) -> dict[str, str]:
+    """The four strings of a merged file, with the source's name where the loader looks for the variant."""
+    metadata = merged_metadata("", config, rank)
+    diffusers = json.loads(metadata["config"]) | {"_name_or_path": source}
+    return metadata | {"config": json.dumps(diffusers, indent=2) + "\n", "svdq.source": source}
 
 
 def quantize(
-    model: DenseModel,
+    model: Source,
     out: str | os.PathLike[str],
     settings: Settings,
     metadata: Mapping[str, str],
     device: str = "cpu",
     force: bool = False,
     progress: Progress = lambda done, total, name: None,
+    calibration: Calibration | None = None,
 ) -> Result:
-    """Write the INT4 checkpoint of ``model`` to ``out`` and its report to ``out``.report.json.
+    """Write the INT4 checkpoint of ``model`` to ``out`` and its report to ``out``.report.json and .report.html.
 
     metadata: the strings of the file's header; how the file was made is added as ``svdq.quantizer`` · device: "cpu" or
-    "cuda". Same model, settings and kind of device: same bytes, however often the work was interrupted; ``out`` is
-    there complete or not at all. Raises CheckpointError for settings, weights or a target that cannot be used, and when
-    the disk is full; finished units are kept then.
+    "cuda" · calibration: of the same model; None uses the weights alone. Same model, settings, calibration and kind of
+    device: same bytes, however often the work was interrupted; ``out`` is there complete or not at all. Raises
+    CheckpointError for settings, weights or a target that cannot be used, and when the disk is full; finished units are
+    kept then.
     """
     started, out = time.monotonic(), Path(out)
-    _check(model, out, settings)
+    _check(model, out, settings, calibration)
     specs = specs_of(model.config, settings.rank, settings.recipe.dtype)
     units = units_of(model.config)
-    folder = _job_folder(model, out, settings, device)
+    described = settings.describe(calibration)
+    folder = _job_folder(model, out, described, device)
     done = _finished(folder, units, specs)
     # Twice the size at the end: the units and the file that is put together from them.
     total = sum(spec.nbytes for spec in specs.values())
@@ -104,40 +122,45 @@ def quantize(
     count = sum(weights[name] for name in done)
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for unit in units:
-            if unit.name in done:
-                continue
+        missing = [unit for unit in units if unit.name not in done]
+        for unit, seen in _with_activations(missing, model, settings, calibration, folder, progress):
             progress(count, sum(weights.values()), unit.name)
-            tensors, facts = convert(model, unit, settings.recipe, torch.device(device))
-            _save(folder / _file_name(unit), tensors, {name: specs[name] for name in tensors}, facts)
+            tensors, facts = convert(model, unit, settings.recipe, torch.device(device), seen)
+            _save(folder / _file_name(unit), tensors, facts)
             count += weights[unit.name]
         progress(count, count, out.name)
         facts = [fact for unit in units for fact in _facts_of(folder / _file_name(unit))]
-        made = {**metadata, "svdq.quantizer": json.dumps(settings.describe())}
-        assembled = _assemble(folder, units, specs, made)
+        made = {**metadata, "svdq.quantizer": json.dumps(described)}
+        assembled = _assemble(folder, units, made)
         nbytes = assembled.stat().st_size
-        report = _report(model, out, settings, device, facts, nbytes, time.monotonic() - started)
-        _write_report(folder, report_path(out), report)
+        seconds = time.monotonic() - started
+        found = report.make_report(model, out.name, described, device, facts, nbytes, seconds)
+        report.write_reports(folder, out, found)
         os.replace(assembled, out)
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()
     others = sorted(str(path) for path in folder.parent.iterdir()) if folder.parent.is_dir() else []
-    return Result(nbytes, report, len(done), tuple(others))
+    return Result(nbytes, found, len(done), tuple(others))
 
 
-def _check(model: DenseModel, out: Path, settings: Settings) -> None:
+def _check(model: Source, out: Path, settings: Settings, calibration: Calibration | None) -> None:
     rank, largest = settings.rank, min(MAX_RANK, model.config.hidden_size)
     if not RANK_MULTIPLE <= rank <= largest or rank % RANK_MULTIPLE:
         expected = f"a multiple of {RANK_MULTIPLE} up to {largest}"
-        raise problem(str(out), "rank", rank, expected, "Choose 16, 32, 64 or 128 with --rank")
+        raise problem(str(out), "rank", rank, expected, "Choose 16, 32, 64 or 128 as rank")
+    if not 0 <= settings.target_error < 1:
+        raise problem(str(out), "target error", settings.target_error, "0 to 1", "Choose 0.1 or so")
     if settings.iterations < 1:
         raise problem(str(out), "iterations", settings.iterations, "1 or more", "Choose another number")
-    if out.exists() and any(os.path.samefile(out, header.path) for header in model.headers):
+    if settings.gptq and calibration is None:
+        expected = "a calibration, which sees them"
+        raise problem(str(out), "activations for gptq", "none", expected, "Calibrate, or leave gptq out")
+    if out.exists() and any(os.path.samefile(out, file) for file in model.files):
         raise problem(str(out), "file", "the model that is read", "another file", "Choose another name")
 
 
-def _elements(model: DenseModel, unit: Unit) -> Iterator[int]:
+def _elements(model: Source, unit: Unit) -> Iterator[int]:
     for name in unit.layers:
         size = 1
         for width in model.shapes[f"{name}.weight"]:
@@ -149,12 +172,62 @@ def _nbytes(unit: Unit, specs: Mapping[str, Spec]) -> int:
     return sum(specs[name].nbytes for name in stored_names(unit, specs))
 
 
+# ---- activations
+
+
+def _with_activations(
+    units: list[Unit],
+    model: Source,
+    settings: Settings,
+    calibration: Calibration | None,
+    folder: Path,
+    progress: Progress,
+) -> Iterator[tuple[Unit, Activations | None]]:
+    """Each unit with what has to be known of its inputs; statistics are kept in ``folder``."""
+    if calibration is None:
+        yield from ((unit, None) for unit in units)
+        return
+    path = folder / _STATISTICS
+    names = [name for unit in units_of(model.config) for name in input_sections(unit, model.shapes)]
+    inputs = activations.load(path, names)
+    if inputs is None and units:
+        inputs = activations.collect(calibration, names, partial(_on_step, progress, "watching activations"))
+        activations.save(path, inputs)
+    calibration.make_room(_WORKSPACE)
+    moments: dict[tuple[str, int], Tensor] = {}
+    for index, unit in enumerate(units):
+        sections = input_sections(unit, model.shapes)
+        if settings.gptq and any((name, sections[name][0].start) not in moments for name in sections):
+            moments.clear()  # before the next ones take their place
+            wanted = _next_sections(units[index:], model, calibration.moment_bytes)
+            step = partial(_on_step, progress, f"watching activations for {unit.name} and what follows")
+            moments |= activations.collect_moments(calibration, wanted, step)
+            calibration.make_room(_WORKSPACE)
+        yield unit, Activations(inputs, moments)
+
+
+def _next_sections(units: list[Unit], model: Source, nbytes: int) -> dict[str, list[slice]]:
+    """Inputs of as many units as have room for their second moments; those of the first in any case."""
+    wanted: dict[str, list[slice]] = {}
+    for unit in units:
+        sections = input_sections(unit, model.shapes)
+        nbytes -= activations.moments_nbytes(sections)
+        if wanted and nbytes < 0:
+            break
+        wanted |= sections
+    return wanted
+
+
+def _on_step(progress: Progress, what: str, done: int, total: int) -> None:
+    progress(done, total, what)
+
+
 # ---- finished units
 
 
-def _job_folder(model: DenseModel, out: Path, settings: Settings, device: str) -> Path:
+def _job_folder(model: Source, out: Path, described: dict[str, Any], device: str) -> Path:
     """The results of two kinds of device differ in last bits, so each has its own job."""
-    job = [settings.describe(), model.fingerprint(), torch.device(device).type]
+    job = [described, model.fingerprint(), torch.device(device).type]
     digest = hashlib.blake2b(json.dumps(job, sort_keys=True).encode(), digest_size=8).hexdigest()
     return out.with_name(f"{out.name}.partial") / digest
 
@@ -175,14 +248,20 @@ def _finished(folder: Path, units: list[Unit], specs: Mapping[str, Spec]) -> set
             json.loads(header.metadata[_FACTS])
         except (CheckpointError, KeyError, ValueError):
             continue
-        if {name: info.nbytes for name, info in header.tensors.items()} == {
-            name: specs[name].nbytes for name in stored_names(unit, specs)
+        # A layer's rank may be its own.
+        if {name: _nbytes_without_rank(name, info) for name, info in header.tensors.items()} == {
+            name: _nbytes_without_rank(name, specs[name]) for name in stored_names(unit, specs)
         }:
             done.add(unit.name)
     return done
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec], facts: list[Facts]) -> None:
+def _nbytes_without_rank(name: str, info: TensorInfo | Spec) -> int:
+    return info.nbytes // info.shape[1] if name.endswith(LOW_RANK_LEAVES) else info.nbytes
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], facts: list[Facts]) -> None:
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with safetensors_writer(path, specs, {_FACTS: json.dumps(facts)}, force=True) as write:
         for name, tensor in tensors.items():
             write(name, tensor)
@@ -192,14 +271,19 @@ def _facts_of(path: Path) -> list[Facts]:
     return json.loads(read_header(str(path)).metadata[_FACTS])
 
 
-def _assemble(folder: Path, units: list[Unit], specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> Path:
+def _assemble(folder: Path, units: list[Unit], metadata: Mapping[str, str]) -> Path:
     """The whole file, inside the folder of the job."""
     path = folder / "whole.safetensors"
+    readers, specs = {}, {}
+    for unit in units:
+        file = str(folder / _file_name(unit))
+        read = mapped_reader(file)
+        for name in read_header(file).tensors:
+            tensor = read(name)
+            readers[name], specs[name] = read, Spec(tensor.dtype, tuple(tensor.shape))
     with safetensors_writer(path, specs, metadata, force=True) as write:
-        for unit in units:
-            read = mapped_reader(str(folder / _file_name(unit)))
-            for name in stored_names(unit, specs):
-                write(name, read(name))
+        for name, read in readers.items():
+            write(name, read(name))
     return path
 
 
@@ -217,48 +301,3 @@ def _explained(folder: Path) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         remedy = f"Free its memory and {again}; or add --device cpu"
         raise problem(str(folder), "GPU memory", "too little", "about 3 GB free", remedy) from error
-
-
-# ---- report
-
-
-def _report(
-    model: DenseModel,
-    out: Path,
-    settings: Settings,
-    device: str,
-    facts: list[Facts],
-    nbytes: int,
-    seconds: float,
-) -> dict[str, Any]:
-    kinds = {}
-    for kind in ("w4a4", "w4a16"):
-        chosen = [fact for fact in facts if fact["kind"] == kind]
-        kinds[kind] = {"layers": len(chosen)} | {
-            name: _spread([fact[name] for fact in chosen]) for name in ("weight_sqnr_db", "output_sqnr_db")
-        }
-    return {
-        "version": 1,
-        "source": os.path.basename(os.path.abspath(model.path)),
-        "file": out.name,
-        "settings": settings.describe(),
-        "device": device,
-        "bytes": nbytes,
-        "source_bytes": sum(header.file_bytes for header in model.headers),
-        "seconds": round(sum(fact["seconds"] for fact in facts), 1),
-        "seconds_of_the_last_run": round(seconds, 1),
-        "summary": kinds,
-        "layers": facts,
-    }
-
-
-def _spread(values: list[float | None]) -> dict[str, float] | None:
-    """Smallest and mean; exact layers (None) do not count."""
-    known = [value for value in values if value is not None]
-    return {"min": min(known), "mean": round(sum(known) / len(known), 2)} if known else None
-
-
-def _write_report(folder: Path, path: Path, report: dict[str, Any]) -> None:
-    unfinished = folder / "report.json"
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

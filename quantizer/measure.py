@@ -12,6 +12,8 @@ from ..kernels import reference
 from ..kernels.int4 import AWQ, W4A4
 from .solve import output_error, ratio
 
+FIRST_BIN, BINS = -12, 20  # of histograms, in powers of two
+_SAMPLED = 1 << 20
 _TOKENS = 64
 _OUTLIERS = 0.01  # share of the channels
 _OUTLIER_GAIN = 8.0
@@ -32,18 +34,23 @@ def probe(k: int, dtype: torch.dtype, name: str, act_unsigned: bool = False) -> 
     return reference.gelu(x) if act_unsigned else x
 
 
-def w4a4_quality(weight: Tensor, quantized: W4A4, name: str) -> dict[str, float | None]:
+def w4a4_quality(weight: Tensor, quantized: W4A4, name: str, rows: Tensor | None = None) -> dict[str, object]:
     """``weight_sqnr_db`` of the dequantized weight and ``output_sqnr_db`` of the output in W4A4 arithmetic.
 
-    weight: [N, K], the original · quantized: natural order · name: of the layer, chooses the :func:`probe`. None stands
-    for an exact result.
+    weight: [N, K], the original · quantized: natural order · name: of the layer, chooses the :func:`probe` · rows:
+    T [M, K], real activations: adds ``calibration_sqnr_db``, of the output for these. None stands for an exact result.
     """
     x = probe(weight.shape[1], quantized.proj_down.dtype, name, quantized.act_unsigned).to(weight.device)
     dense, _ = reference.dequantize_w4a4(quantized)
-    return {
+    quality: dict[str, object] = {
         "weight_sqnr_db": decibel(ratio(dense - weight.float(), weight)),
         "output_sqnr_db": decibel(output_error(weight, quantized, x)),
     }
+    quality["weight_histogram"] = histogram(weight)
+    if rows is not None:
+        quality["activation_histogram"] = histogram(rows)
+        quality["calibration_sqnr_db"] = decibel(output_error(weight, quantized, rows.to(x.dtype)))
+    return quality
 
 
 def awq_quality(weight: Tensor, quantized: AWQ, name: str) -> dict[str, float | None]:
@@ -55,6 +62,18 @@ def awq_quality(weight: Tensor, quantized: AWQ, name: str) -> dict[str, float | 
         "weight_sqnr_db": decibel(ratio(reference.dequantize_awq(quantized) - weight.float(), weight)),
         "output_sqnr_db": decibel(ratio(reference.gemv_w4a16(x, quantized).float() - exact, exact)),
     }
+
+
+def histogram(values: Tensor) -> list[int]:
+    """Values by magnitude, as counts of a million: ``result[i]`` have log2(|value| / root mean square) in
+    [i + FIRST_BIN, i + FIRST_BIN + 1), the outermost ones everything beyond, zeros not at all. Of a sample, where there
+    are many values."""
+    flat = values.reshape(-1)
+    flat = flat[:: -(-flat.numel() // _SAMPLED)].float().abs()
+    magnitude = (flat / flat.square().mean().sqrt()).log2()
+    bins = magnitude[magnitude.isfinite()].floor().clamp(FIRST_BIN, FIRST_BIN + BINS - 1) - FIRST_BIN
+    counts = torch.bincount(bins.long().cpu(), minlength=BINS)
+    return (counts * 1_000_000 / max(1, flat.numel())).round().long().tolist()
 
 
 def decibel(error: float) -> float | None:

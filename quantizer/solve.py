@@ -28,7 +28,7 @@ _OVERSAMPLE = 16  # columns of the randomized SVD beyond the rank
 _POWER_ITERATIONS = 8
 _WARM_ITERATIONS = 1  # when it starts from the branch of the round before
 _SMOOTH_LIMIT = 64.0  # largest ratio of a smoothing factor to their geometric mean
-_DAMPING = 0.01  # GPTQ: added to the Hessian's diagonal, relative to its mean
+_DAMPING = 0.05  # GPTQ: added to the Hessian's diagonal, relative to its mean
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 24  # worked on at a time: within a CPU's cache, within a GPU's memory
 
 
@@ -41,13 +41,14 @@ class Recipe:
     """How a W4A4 weight is made.
 
     rank: of the branch, 0 or a multiple of 16 · dtype: T · iterations: rounds of branch and codes, at least 1 ·
-    seed: of the randomized SVD.
+    seed: of the randomized SVD · target_error: where above 0, smooth.py chooses the rank for it, up to ``rank``.
     """
 
     rank: int = 32
     dtype: torch.dtype = torch.bfloat16
     iterations: int = 8
     seed: int = 0
+    target_error: float = 0.0
 
 
 # ---- smoothing
@@ -231,16 +232,21 @@ def _nearest(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def gptq(
-    residual: Tensor, hessian: Tensor, dtype: torch.dtype = torch.bfloat16, ratios: tuple[float, ...] = RATIOS
+    residual: Tensor,
+    hessian: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    ratios: tuple[float, ...] = RATIOS,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes that make up for each other's errors: as :func:`round_int4`, for inputs that are correlated.
 
     residual: float32 [N, K] · hessian: float32 or float64 [K, K], second moments E[v^T v] of the smoothed activation v
     (any scale). Columns are rounded one after the other; what each one misses is spread over the columns behind it.
-    Channels that are never active get no say. Raises ValueError if the hessian is not symmetric positive after damping.
+    Channels that are never active get no say. inverse: :func:`inverse_factor` of the hessian, to save time. Raises
+    ValueError if the hessian is not symmetric positive after damping.
     """
     n, k = residual.shape
-    inverse = _inverse_factor(hessian)
+    inverse = inverse_factor(hessian) if inverse is None else inverse
     work = residual.clone()
     codes = torch.empty(n, k, dtype=torch.int8, device=residual.device)
     scales = torch.empty(n, k // GROUP, dtype=dtype, device=residual.device)
@@ -265,7 +271,7 @@ def gptq(
     return codes, scales
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor) -> Tensor:
     """float32 [K, K], upper triangular U with U^T U = inverse of the damped hessian."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
@@ -303,6 +309,7 @@ def quantize_w4a4(
     if act_square is not None:
         importance = importance * act_square.float()
     best: tuple[float, W4A4] | None = None
+    inverse = None if hessian is None else inverse_factor(hessian)
     left_over, down = target, None
     for _ in range(max(1, recipe.iterations)):
         up, down = low_rank(left_over, recipe.rank, smooth, recipe.dtype, recipe.seed, start=down)
@@ -310,7 +317,7 @@ def quantize_w4a4(
         if hessian is None:
             q, wscales = round_int4(residual, recipe.dtype, importance)
         else:
-            q, wscales = gptq(residual, hessian, recipe.dtype)
+            q, wscales = gptq(residual, hessian, recipe.dtype, inverse=inverse)
         left_over, error = _compare(target, residual, q, wscales, importance, hessian)
         if not error < float("inf"):
             raise OutOfRange(f"a value is too large for {recipe.dtype}")

@@ -7,8 +7,9 @@ by their stock name, as everywhere in this pack.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,28 @@ _DIFFUSERS_SINGLE = {
 }
 
 
+class Source(Protocol):
+    """A 16-bit model to quantize. path: what errors call it · config: sizes · shapes: stock tensor name -> shape."""
+
+    path: str
+    config: FluxConfig
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it is read from."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its stock name, any float type. Raises CheckpointError if a value is not finite."""
+
+    def fingerprint(self) -> object:
+        """As JSON, what changes when the model does."""
+
+
 @dataclass(frozen=True)
 class DenseModel:
     """An opened 16-bit model.
@@ -73,16 +96,21 @@ class DenseModel:
     pieces: dict[str, tuple[tuple[str, str], ...]] = field(repr=False)
     swapped: frozenset[str] = frozenset()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(header.path for header in self.headers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(header.file_bytes for header in self.headers)
+
     def tensor(self, name: str) -> Tensor:
         """One tensor by its stock name, in the type of the file. Raises CheckpointError if a value is not finite."""
         read = []
         for file, key in self.pieces[name]:
             # A mapping for each tensor: when the tensor is dropped, its part of the file leaves memory with it.
             tensor = mapped_reader(file)(key)
-            bad = tensor.numel() - tensor.isfinite().sum().item()
-            if bad:
-                found = f"{bad} of {tensor.numel()} values NaN or infinite"
-                raise problem(file, key, found, "finite weights", "The file is damaged: download or merge it again")
+            check_finite(tensor, file, key)
             read.append(tensor)
         whole = read[0] if len(read) == 1 else torch.cat(read)
         return torch.cat(whole.chunk(2)[::-1]) if name in self.swapped else whole
@@ -91,6 +119,13 @@ class DenseModel:
         """[file name, bytes, time of change in ns] per file: changes when the model does."""
         stats = [(os.path.basename(header.path), os.stat(header.path)) for header in self.headers]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def check_finite(tensor: Tensor, path: str, key: str) -> None:
+    bad = tensor.numel() - tensor.isfinite().sum().item()
+    if bad:
+        found = f"{bad} of {tensor.numel()} values NaN or infinite"
+        raise problem(path, key, found, "finite weights", "The model is damaged: download or merge it again")
 
 
 def open_dense(path: str | os.PathLike[str]) -> DenseModel:
@@ -113,6 +148,17 @@ def open_dense(path: str | os.PathLike[str]) -> DenseModel:
     if not diffusers:
         found = {_current(name): key for name, key in found.items()}
     return _check(path, headers, tensors, found, diffusers)
+
+
+def stock_model(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[FluxConfig, dict[str, str]]:
+    """(sizes, stock tensor name -> name in ``shapes``) of a model that has ComfyUI's modules in memory.
+
+    shapes: tensor name -> shape, without a prefix. Raises CheckpointError as :func:`open_dense` does.
+    """
+    tensors = {name: (path, TensorInfo("F32", tuple(shape), 0, 0)) for name, shape in shapes.items()}
+    _naming(path, tensors)
+    model = _check(path, (), tensors, {_current(name): name for name in tensors}, diffusers=False)
+    return model.config, {name: key for name, ((_, key),) in model.pieces.items()}
 
 
 def _files(path: str) -> list[str]:
@@ -141,7 +187,7 @@ def _naming(path: str, tensors: dict[str, tuple[str, TensorInfo]]) -> tuple[str,
             return prefix, True
     lora = next((key for key in tensors if "lora" in key), None)
     what = "a LoRA" if lora else f"a model without {_BFL_FIRST}: not FLUX.1"
-    raise problem(path, lora or next(iter(tensors)), what, _EXPECTED, "Choose a FLUX.1 transformer")
+    raise problem(path, lora or next(iter(tensors), "tensors"), what, _EXPECTED, "Choose a FLUX.1 transformer")
 
 
 def _current(name: str) -> str:

@@ -22,7 +22,6 @@ from files import changed, read_all, save_as_comfyui, tiny
 
 from svdq import cli
 from svdq.cli import doctor
-from svdq.cli import synth as synth_command
 from svdq.cli.dequantize import dequantize, effective
 from svdq.cli.doctor import Facts, Gpu, findings
 from svdq.cli.inspect import inspect
@@ -30,6 +29,7 @@ from svdq.cli.synth import VARIANTS, flux_config, synth
 from svdq.cli.synth_weights import tensor_specs
 from svdq.kernels import reference
 from svdq.loaders import AWQLinear, CheckpointError, W4A4Linear, open_checkpoint, write
+from svdq.loaders.metadata import merged_metadata
 from svdq.loaders.write import Spec, safetensors_writer
 
 
@@ -68,7 +68,7 @@ def test_same_seed_same_bytes(dev: Path, tmp_path: Path) -> None:
 def test_full_size_is_that_of_the_published_files(variant: str, published: int) -> None:
     config = flux_config(variant, "full")
     specs = tensor_specs(config, 32, torch.bfloat16)
-    header = write._header(specs, synth_command.file_metadata(variant, config, 32))[0]
+    header = write._header(specs, merged_metadata(variant, config, 32))[0]
     assert len(specs) == 2604
     assert abs(len(header) + sum(spec.nbytes for spec in specs.values()) - published) < 200, "but for the metadata"
 

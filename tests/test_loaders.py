@@ -13,14 +13,14 @@ import pytest
 import torch
 from checks import assert_close, assert_same, golden_path, load_golden
 from conftest import ROOT
-from files import changed, read_all, save_as_comfyui, second_name, tiny
+from files import changed, read_all, save_as_comfyui, second_name, tiny, write_raw
 from torch import Tensor
 
 from svdq.cli.dequantize import effective
 from svdq.cli.synth import VARIANTS, flux_config, synth
 from svdq.kernels import layout
 from svdq.loaders import AWQLinear, Checkpoint, PlainLayer, W4A4Linear, open_checkpoint
-from svdq.loaders.safetensors_file import mapped_reader
+from svdq.loaders.safetensors_file import mapped_reader, read_header
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +324,11 @@ print(opened - before, kilobytes("RssAnon") - before, layer, checkpoint.file_byt
     opened, grown, layer, file_size = map(int, output.split())
     assert file_size > 100_000
     assert opened < 8_000 and grown < layer + 8_000, f"{opened}, {grown} KB more after reading layers of {layer} KB"
+
+
+@pytest.mark.parametrize("size", [0x0280, 0x0480, 0x0480 + (3 << 16)])
+def test_size_of_a_header_that_looks_like_a_pickle(size: int, tmp_path: Path) -> None:
+    """Its first two bytes are those of a pickle"""
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = write_raw(tmp_path / "x.safetensors", text + b" " * (size - len(text)), bytes(4))
+    assert path.read_bytes()[:1] == b"\x80" and list(read_header(str(path)).tensors) == ["a"]

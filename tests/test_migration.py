@@ -148,9 +148,10 @@ def replace_in_prompt(migration: ModuleType, monkeypatch: pytest.MonkeyPatch):
 
 
 def schemas(nunchaku: ModuleType) -> dict[str, Any]:
-    from svdq.nodes import SVDQExtensionWithMigration
+    from svdq.nodes import SVDQExtension, SVDQExtensionWithMigration
 
-    added = asyncio.run(SVDQExtensionWithMigration(print).get_node_list())[3:]
+    usual = asyncio.run(SVDQExtension().get_node_list())
+    added = asyncio.run(SVDQExtensionWithMigration(print).get_node_list())[len(usual) :]
     return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in added}
 
 

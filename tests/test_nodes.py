@@ -77,6 +77,12 @@ def test_node_ids_and_inputs_are_those_of_saved_workflows(nodes: ModuleType) -> 
             "model", "positive", "latent_image", "seed", "steps", "guidance", "sampler_name", "scheduler", "denoise",
             "cfg", "negative",
         ],
+        "SVDQFluxQuantize": [
+            "model", "conditioning", "filename", "folder", "rank", "gptq", "width", "height", "steps",
+            "calibration_seed", "overwrite", "iterations", "dtype", "target_error",
+        ],
+        "SVDQSaveConditioning": ["conditioning", "filename_prefix"],
+        "SVDQLoadConditioning": ["file"],
         "SVDQDemoPrompt": ["model", "text"],
     }  # fmt: skip
 

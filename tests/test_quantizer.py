@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -28,9 +30,11 @@ from svdq.cli.quantize import quantize
 from svdq.kernels.int4 import SHIFT
 from svdq.loaders import AWQLinear, CheckpointError, PlainLayer, W4A4Linear, open_checkpoint
 from svdq.loaders.weights import FluxConfig
-from svdq.quantizer import convert, job, solve
+from svdq.quantizer import convert, job, measure, report, solve
+from svdq.quantizer.report import report_path
 from svdq.quantizer.source import open_dense, stock_shapes
 
+REPORTED = ["out.safetensors", "out.safetensors.report.html", "out.safetensors.report.json"]
 FAST = {"iterations": 1, "rank": 16, "device": "cpu"}
 
 
@@ -134,11 +138,11 @@ def test_unsigned_layers_and_their_bias(source: Path, made: Path) -> None:
 
 
 def test_report(made: Path) -> None:
-    report = json.loads(job.report_path(made).read_text())
-    assert report["bytes"] == made.stat().st_size and report["source"] == "tiny.safetensors"
-    layers = {layer["name"]: layer for layer in report["layers"]}
+    found = json.loads(report_path(made).read_text())
+    assert found["bytes"] == made.stat().st_size and found["source"] == "tiny.safetensors"
+    layers = {layer["name"]: layer for layer in found["layers"]}
     stored = {name.rpartition(".")[0] for name in read_all(made)[0] if name.endswith(".qweight")}
-    assert set(layers) == stored and report["summary"]["w4a4"]["layers"] == 12
+    assert set(layers) == stored and found["summary"]["w4a4"]["layers"] == 12
     for layer in layers.values():
         assert layer["weight_sqnr_db"] > 18 and layer["seconds"] >= 0 and layer["bytes"] > 0
         assert layer["output_sqnr_db"] > (12 if layer["kind"] == "w4a4" else 16), layer
@@ -147,20 +151,53 @@ def test_report(made: Path) -> None:
 
 
 def test_report_says_what_the_file_holds(source: Path, made: Path) -> None:
-    report = json.loads(job.report_path(made).read_text())
+    found = json.loads(report_path(made).read_text())
     original = read_all(source)[0]
-    for layer in report["layers"]:
+    for layer in found["layers"]:
         if not layer["layer"].startswith("single_blocks.0.linear"):
             weight = effective(open_checkpoint(made).layer(layer["layer"]), torch.float32)[0]
             expected = sqnr(weight, original[f"{layer['layer']}.weight"].float())
             assert layer["weight_sqnr_db"] == pytest.approx(expected, abs=0.02), layer["name"]
 
 
+def test_page(made: Path) -> None:
+    """Well-formed, with a dot for each layer in each plot, and nothing that is fetched or run"""
+    page = report_path(made, "html").read_text(encoding="utf-8")
+    found = json.loads(report_path(made).read_text())
+    for layer in found["layers"]:
+        assert page.count(f"<title>{layer['name']}: ") == 2  # weights and random activations
+    assert page.count("<svg") == page.count("</svg>") == 3
+    assert not re.search(r"<script|<link|<img|https?:|url\(|@import", page)
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(svg)
+    worst = min(found["layers"], key=lambda layer: layer["output_sqnr_db"])
+    assert f"<tr><td>{worst['name']}<td>" in page.partition("worst layers")[2][:500]
+    assert "nan" not in page.lower()
+    hostile = report.as_html({**found, "file": "<script>", "source": "a&b<", "layers": found["layers"][:1]})
+    assert "<script>" not in hostile and "a&amp;b&lt;" in hostile
+
+
+def test_exact_layers_are_in_the_page(made: Path) -> None:
+    found = json.loads(report_path(made).read_text())
+    for layer in found["layers"]:
+        layer |= {"weight_sqnr_db": None, "output_sqnr_db": None}
+    assert report.as_html(found).count("<svg") == 1
+
+
+def test_histogram() -> None:
+    assert measure.histogram(torch.zeros(4, 4)) == [0] * measure.BINS
+    counts = measure.histogram(torch.tensor([1.0, -1.0, 1.0, 1e-9, 0.0]))
+    rms = -measure.FIRST_BIN  # 1 is above the root mean square of these by 0.37 powers of two
+    assert counts[rms] == 600_000 and counts[0] == 200_000 and sum(counts) == 800_000
+    big = measure.histogram(torch.randn(3000, 1000, generator=torch.Generator().manual_seed(0)))
+    assert sum(big) == pytest.approx(1_000_000, abs=20) and max(big) == big[rms - 1]
+
+
 def test_more_rank_is_nearer(source: Path, made: Path, tmp_path: Path) -> None:
-    means = [json.loads(job.report_path(made).read_text())["summary"]["w4a4"]["weight_sqnr_db"]["mean"]]
+    means = [json.loads(report_path(made).read_text())["summary"]["w4a4"]["weight_sqnr_db"]["mean"]]
     for rank in (32, 64):
-        report = quantize(source, tmp_path / str(rank), **{**FAST, "rank": rank}).report
-        means.append(report["summary"]["w4a4"]["weight_sqnr_db"]["mean"])
+        found = quantize(source, tmp_path / str(rank), **{**FAST, "rank": rank}).report
+        means.append(found["summary"]["w4a4"]["weight_sqnr_db"]["mean"])
     assert means[1] > means[0] + 1 and means[2] > means[1] + 1, means
 
 
@@ -271,7 +308,7 @@ def test_going_on_gives_the_same_bytes(
     result = quantize(source, out, **FAST, progress=lambda done, total, name: seen.append(name))
     assert result.resumed == units and len(seen) == 13 - units + 1
     assert out.read_bytes() == made.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "out.safetensors.report.json"]
+    assert sorted(os.listdir(tmp_path)) == REPORTED
 
 
 def test_stopped_while_the_file_is_put_together(
@@ -279,7 +316,7 @@ def test_stopped_while_the_file_is_put_together(
 ) -> None:
     out = tmp_path / "out.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_write_report", lambda *_: (_ for _ in ()).throw(Stop))
+        patch.setattr(report, "write_reports", lambda *_: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             quantize(source, out, **FAST)
     assert not out.exists()
@@ -304,7 +341,7 @@ def test_killed_for_good_and_damaged_units(source: Path, made: Path, tmp_path: P
     (units[0].parent / ".whole.safetensors.1.part").write_bytes(b"left behind")
     result = quantize(source, out, **FAST)
     assert result.resumed in (len(units) - 1, len(units)) and out.read_bytes() == made.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "out.safetensors.report.json"]
+    assert sorted(os.listdir(tmp_path)) == REPORTED
 
 
 def test_other_settings_or_another_source_do_not_mix(source: Path, made: Path, tmp_path: Path) -> None:
@@ -456,7 +493,9 @@ def test_command(
 
     out = tmp_path / "a b.safetensors"
     code, text, error = run(source, out, "--rank", 16)
-    assert (code, text) == (2, "") and "calibrated quantization is not there yet; add --no-calibration" in error
+    assert (code, text) == (2, "") and "say what the calibration is to see" in error and "--no-calibration" in error
+    code, text, error = run(source, out, "--no-calibration", "--gptq")
+    assert (code, text) == (2, "") and "--gptq looks at activations" in error
     options = ("--no-calibration", "--rank", 16, "--iterations", 1, "--device", "cpu")
     code, text, error = run(source, out, *options)
     assert (code, error) == (0, "") and f"{out}: " in text and " dB" in text

@@ -32,7 +32,14 @@ pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-NODES = ("SVDQFluxLoader", "SVDQFluxSampler", "SVDQDemoPrompt")
+NODES = (
+    "SVDQFluxLoader",
+    "SVDQFluxSampler",
+    "SVDQFluxQuantize",
+    "SVDQSaveConditioning",
+    "SVDQLoadConditioning",
+    "SVDQDemoPrompt",
+)
 
 
 def api_prompt(server: RunningServer, workflow: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ OWN = {
     "loaders": ["loaders", "kernels.int4", "kernels.layout"],
     "model": ["model", "loaders", "kernels"],
     "quantizer": ["quantizer", "loaders", "kernels.int4", "kernels.layout", "kernels.reference"],
-    "nodes": ["nodes", "model", "loaders", "kernels"],
+    "nodes": ["nodes", "model", "quantizer", "loaders", "kernels"],
     "cli": ["cli", "quantizer", "loaders", "kernels", "benchmarks"],  # bench alone uses benchmarks
 }
 COMFYUI = ["comfy", "comfy_aimdo", "comfy_api", "comfy_kitchen", "folder_paths", "node_helpers", "nodes"]

@@ -1,0 +1,166 @@
+"""``quantize`` with calibration: a headless ComfyUI loads the model, runs it on the prompts, and the node quantizes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..loaders.safetensors_file import read_header
+from ..loaders.write import check_target
+from ..quantizer.prompts import read_lines, read_prompts
+from ..quantizer.source import open_dense
+from . import ROOT, UserError
+from .comfy_client import ComfyError, ConnectionLost, Event
+from .comfy_server import ComfyServer, ServerFailed
+from .environment import Environment, comfyui_of_user, exclusive, work_directory
+from .quantize import TimeLeft
+
+NODE = "SVDQFluxQuantize"
+_GIVEN = "given-to-quantize"  # folder or file, inside one of ComfyUI's, for a link to what the command line names
+_ENCODERS = {"clip_name1": ("clip_l*",), "clip_name2": ("t5xxl*fp16*", "t5xxl*")}
+
+
+@dataclass(frozen=True)
+class Job:
+    """source, out: model and file to write · conditioning: file of encoded prompts, or None and prompts: their texts ·
+    widgets: of the node · text_encoders: one more folder to look for them in."""
+
+    source: Path
+    out: Path
+    conditioning: Path | None
+    prompts: tuple[str, ...]
+    widgets: dict[str, Any]
+    text_encoders: Path | None
+    cpu: bool | None
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """What a command line asks for, checked as far as that takes no time. Raises UserError, CheckpointError."""
+    source, out = Path(args.file).absolute(), Path(args.out).absolute()
+    if source.is_dir():
+        raise UserError(f"{source} is a folder: calibration needs one file, as ComfyUI loads it")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: name a .safetensors file")
+    # fp8 is for ComfyUI to judge.
+    if not any(info.dtype.startswith("F8") for info in read_header(str(source)).tensors.values()):
+        open_dense(source)
+    check_target(out, 0, args.force)
+    if args.text_encoders and not args.text_encoders.is_dir():
+        raise UserError(f"--text-encoders {args.text_encoders}: no such folder")
+    if args.conditioning:
+        read_prompts(args.conditioning)
+    prompts = tuple(read_lines(args.prompts)) if args.prompts else ()
+    widgets = {
+        "filename": out.stem, "folder": "output", "rank": args.rank, "gptq": args.gptq, "width": args.size[0],
+        "height": args.size[1], "steps": args.steps, "calibration_seed": args.seed, "overwrite": args.force,
+        "iterations": args.iterations, "dtype": args.dtype, "target_error": args.target_error or 0.0,
+    }  # fmt: skip
+    cpu = {"auto": None, "cpu": True, "cuda": False}[args.device]
+    conditioning = Path(args.conditioning).absolute() if args.conditioning else None
+    return Job(source, out, conditioning, prompts, widgets, args.text_encoders, cpu)
+
+
+def run(job: Job, show: Callable[[str], None]) -> None:
+    """Do it; ``show`` is called with what happens. Work that was interrupted goes on. Raises UserError."""
+    base = work_directory()
+    python = Path(sys.executable) if comfyui_of_user() is not None else Environment(ROOT / ".venv").ensure()
+    base.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(base / "demo.lock", "ComfyUI of this clone is in use; waiting for it."))
+        model = stack.enter_context(_linked(job.source, base / "models" / "diffusion_models" / _GIVEN))
+        file = None
+        if job.conditioning is not None:
+            file = stack.enter_context(_linked(job.conditioning, base / "input", f"{_GIVEN}.safetensors"))
+        folders = {"text_encoders": [job.text_encoders.absolute()]} if job.text_encoders else {}
+        options = ("--output-directory", str(job.out.parent))
+        server = ComfyServer(base, python=python, cpu=job.cpu, extra_arguments=options, model_folders=folders)
+        show("starting ComfyUI")
+        try:
+            with server:
+                prompt = make_prompt(job, os.path.join(_GIVEN, model), file, server.client.object_info())
+                try:
+                    left = TimeLeft()
+                    server.client.run(prompt, on_event=lambda event: _show(event, show, left))
+                except ConnectionLost as error:
+                    raise UserError(server.exit_reason(), exit_code=1) from error
+        except ServerFailed as error:
+            raise UserError(str(error), exit_code=1) from error
+        except ComfyError as error:
+            raise UserError(f"{error} (log: {server.log}; finished layers are kept)") from error
+
+
+def make_prompt(job: Job, model: str, file: str | None, object_info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """In ComfyUI's API format. model, file: names under which ComfyUI has model and conditioning."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    prompt = {
+        "model": node("UNETLoader", unet_name=model, weight_dtype="default"),
+        "quantize": node(NODE, model=["model", 0], conditioning=["prompts", 0], **job.widgets),
+    }
+    if file is not None:
+        prompt["prompts"] = node("SVDQLoadConditioning", file=file)
+        return prompt
+    encoders = {name: _encoder(object_info, name) for name in _ENCODERS}
+    prompt["encoders"] = node("DualCLIPLoader", **encoders, type="flux")
+    ends = []
+    for index, text in enumerate(job.prompts):
+        ends.append(f"text {index}")
+        prompt[ends[-1]] = node("CLIPTextEncode", clip=["encoders", 0], text=text)
+    # In pairs, of which a long list needs few levels: ComfyUI follows links by recursion.
+    while len(ends) > 1:
+        pairs, rest = list(zip(ends[::2], ends[1::2], strict=False)), ends[len(ends) // 2 * 2 :]
+        ends = []
+        for one, other in pairs:
+            ends.append(f"prompts {len(prompt)}")
+            prompt[ends[-1]] = node("ConditioningCombine", conditioning_1=[one, 0], conditioning_2=[other, 0])
+        ends += rest
+    prompt["quantize"]["inputs"]["conditioning"] = [ends[0], 0]
+    return prompt
+
+
+def _encoder(object_info: dict[str, Any], name: str) -> str:
+    spec = object_info["DualCLIPLoader"]["input"]["required"][name]
+    offered = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+    for pattern in _ENCODERS[name]:
+        for file in offered:
+            if fnmatch(Path(file).name.lower(), pattern):
+                return file
+    raise UserError(
+        f"no {_ENCODERS[name][-1]} found for --prompts: put clip_l and t5xxl into the text_encoders folder of your "
+        "ComfyUI (COMFYUI_PATH) or name their folder with --text-encoders; or encode the prompts elsewhere with the "
+        "node SVDQ Save Conditioning and use --conditioning"
+    )
+
+
+def _show(event: Event, show: Callable[[str], None], left: TimeLeft) -> None:
+    if event.type == "executing" and event.data.get("node"):
+        show({"model": "loading the model", "quantize": "calibrating"}.get(event.data["node"], "encoding prompts"))
+    elif event.type == "progress" and event.data["node"] == "quantize" and event.data["max"]:
+        # The bar runs from 0 to 100 % for each time that the model is watched, and once for quantizing.
+        show(f"calibrating and quantizing: {left.text(event.data['value'], event.data['max'])}")
+
+
+@contextlib.contextmanager
+def _linked(path: Path, folder: Path, name: str | None = None) -> Iterator[str]:
+    """A link to ``path`` in ``folder`` while the block runs; its name. A copy where there are no links."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / (name or f"{path.stem}.safetensors")
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(path)
+    except OSError:
+        shutil.copyfile(path, link)
+    try:
+        yield link.name
+    finally:
+        link.unlink(missing_ok=True)
