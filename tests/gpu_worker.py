@@ -84,8 +84,10 @@ def report(checkpoint_path: str, lora_path: str, saved: str) -> dict:
     with_columns = comfy.sd.load_lora_for_models(patcher, None, columns, 0.8, 0)[0]
     result["columns"] = forward(with_columns, arguments)
     for key, model in (("saved", patcher), ("saved_lora", patched), ("saved_columns", with_columns)):
-        comfy.sd.save_checkpoint(saved, model)
-        result[key] = forward(load_flux(saved), arguments)
+        # A file each: models of the earlier ones may still be read from them.
+        path = f"{saved.removesuffix('.safetensors')}-{key}.safetensors"
+        comfy.sd.save_checkpoint(path, model)
+        result[key] = forward(load_flux(path), arguments)
     return result
 
 
