@@ -63,13 +63,16 @@ def largest_of_lanes(x):
 
 
 @gluon.jit
+def reciprocal(x):
+    """1 / x of a float32, one unit in the last place off at most."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def group_scale(largest, UNSIGNED: gl.constexpr):
     """(scale, 1 / scale) from a group's largest magnitude. The inverse is finite: a group of zeros gives zeros."""
     scale = largest * (1.0 / (15 if UNSIGNED else 7))
-    inverse = gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return scale, gl.minimum(inverse, _LARGEST_INVERSE)
+    return scale, gl.minimum(reciprocal(scale), _LARGEST_INVERSE)
 
 
 @gluon.constexpr_function

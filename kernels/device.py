@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,3 +36,9 @@ def describe(device: torch.device | str) -> Device:
             return Device("hip", properties.name, memory=properties.total_memory)
         return Device("cuda", properties.name, (properties.major, properties.minor), properties.total_memory)
     return Device(device.type, device.type.upper())
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import describe
+from .arrivals import arrivals
+from .device import describe, multiprocessors
 from .epilogue import KINDS, After, require
 from .int4 import RANK_MULTIPLE
 from .tiles_int8 import BLOCK, HOPPER, NO_PIECES, HopperTile, Tile, choose_tile, plan_items
@@ -191,7 +192,7 @@ def _run_triton(tile: Tile, call: _Call) -> None:
             for matrix, block in zip(matrices, (a_block, w_block) * 2, strict=True)
         )
     blocks = -(-m // tile.block_m) * -(-n // tile.block_n)
-    _gemm_w8a8_kernel[(min(blocks, multiprocessors(codes.device.index)) if tile.tma else blocks,)](
+    _gemm_w8a8_kernel[(min(blocks, multiprocessors(codes.device)) if tile.tma else blocks,)](
         *matrices,
         scales,
         w.scales,
@@ -239,7 +240,7 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
     steps1, steps2 = w.k // 128, w2.k // 128 if call.second else 0
     # Sums of pieces that belong to inputs with different scales could not be added up.
     cut = NO_PIECES if call.second else tile
-    plan = plan_items(m, n, steps1 + steps2, cut, multiprocessors(codes.device.index))
+    plan = plan_items(m, n, steps1 + steps2, cut, multiprocessors(codes.device))
     tile = replace(
         tile,
         join=0,
@@ -250,7 +251,7 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
         epilogue=KINDS.index(call.after.name),
         one_gate=call.rows_per_gate == m,
     )
-    counter = partial = _arrivals(codes.device)
+    counter = partial = arrivals("gemm_w8a8", codes.device, 4 * multiprocessors(codes.device))
     elements = plan.partial_elements(tile.second)
     if elements:
         partial = torch.empty(elements, dtype=torch.float32 if tile.second else torch.int32, device=codes.device)
@@ -318,31 +319,6 @@ def takes_hopper(out: Tensor, dtype: torch.dtype, architecture: str) -> bool:
     if architecture != "sm_90" or not triton.__version__.startswith(HOPPER_TRITON) or out.dtype != dtype:
         return False
     return out.data_ptr() % 16 == 0 and out.stride(0) * out.element_size() % 16 == 0  # as the copy engine wants it
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of finished pieces, int32, 0 before and after every call: zeroing them would be a kernel of its own.
-
-    One set for each stream, and one for all CUDA graphs of a device: graphs that contain this kernel cannot run side by
-    side.
-    """
-    of_graphs = _zeros(device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return of_graphs
-    return _zeros(device, torch.cuda.current_stream(device).cuda_stream + 1)
-
-
-@functools.cache
-def _zeros(device: torch.device, key: int) -> Tensor:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("gemm_w8a8: call it once before it is captured in a CUDA graph")
-    return torch.zeros(4 * multiprocessors(device.index), dtype=torch.int32, device=device)
-
-
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 # ---- whichever kernel

@@ -42,6 +42,7 @@ SHIFT = 0.171875  # 11/64: exact in bf16 and fp16, just above -min(gelu_tanh) = 
 SIGNED_MAX = 7
 UNSIGNED_MAX = 15
 RANK_MULTIPLE = 16
+MAX_RANK = 256  # of a low-rank branch that the INT4 kernels take
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from .gemm_int4 import gemm_w4a4
 from .gemm_int8 import gemm_w8a8
 from .gemm_quantize import gemm_gelu_quantize
 from .gemv import MAX_ROWS, gemv_w4a16
-from .int4 import PackedAWQ, PackedW4A4
+from .int4 import MAX_RANK, PackedAWQ, PackedW4A4
 from .layout import concat_lowrank
 from .low_rank import natural_factors
-from .quantize import MAX_RANK, Modulation, quantize_act
+from .quantize import Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
 from .weights_int8 import expand_w4_to_int8
 

@@ -11,7 +11,6 @@ order: same bits on every run.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from . import act_layout
 from .act_codes import quantize_words, store_rows
-from .device import describe
+from .arrivals import arrivals
+from .device import describe, multiprocessors
 from .epilogue import require
 from .gemm_int4 import TYPES
 from .gluon_compat import async_copy, barrier, gl, gluon
-from .int4 import GROUP, RANK_MULTIPLE, PackedW4A4
+from .int4 import GROUP, MAX_RANK, RANK_MULTIPLE, PackedW4A4
 from .quantize_block import (
     copy_down,
     index_along,
@@ -38,7 +38,6 @@ from .quantize_block import (
     word_layout,
 )
 
-MAX_RANK = 256
 MAX_ROW_BLOCKS = 4096  # of those whose pieces are added up
 NORM_EPS = 1e-6
 
@@ -241,7 +240,7 @@ def quantize_act(
     if x.storage_offset() % 2 or x.stride(0) % 2:
         x = x.clone(memory_format=torch.contiguous_format)  # pairs are read as words
     ranks = triton.next_power_of_2(rank // 16) if rank else 0
-    cut = cut or choose_cut(blocks * 4, groups, ranks, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    cut = cut or choose_cut(blocks * 4, groups, ranks, multiprocessors(x.device))
     warps, row_blocks = cut.warps_m * cut.warps_k, triton.cdiv(blocks * 4, cut.warps_m)
     per_piece = cut.warps_k * triton.cdiv(groups, cut.warps_k * cut.pieces)
     pieces = triton.cdiv(groups, per_piece)
@@ -256,7 +255,7 @@ def quantize_act(
             mixed = 1 if len(norm.scale) == 1 or m // len(norm.scale) % 16 == 0 else 2
         if rank and pieces > 1:
             parts = lora_act.new_empty(pieces, row_blocks * cut.warps_m, ranks, 256)
-            arrived = _arrivals(x.device)
+            arrived = arrivals("quantize_act", x.device, MAX_ROW_BLOCKS)
         quantize_kernel[(row_blocks, pieces)](
             x.view(torch.int32),
             weight.smooth_factor.view(torch.int32),
@@ -304,22 +303,3 @@ def choose_cut(row_tiles: int, groups: int, ranks: int, multiprocessors: int) ->
     row_blocks = -(-row_tiles // warps_m)
     pieces = 1 if row_blocks > MAX_ROW_BLOCKS else min(most, max(1, wanted * 8 // warps_m // row_blocks))
     return Cut(warps_m, 1, pieces, max(2, 8 // max(ranks, 2)))  # 33 KB of shared memory, 64 KB from rank 80 on
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of finished pieces, int32 [MAX_ROW_BLOCKS], 0 before and after every call.
-
-    One set for each stream, and one for all CUDA graphs of a device: graphs that contain this kernel cannot run side by
-    side. A cache on a function that is not pure: zeroing counters in every call would be a kernel of its own.
-    """
-    of_graphs = _zeros(device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return of_graphs
-    return _zeros(device, torch.cuda.current_stream(device).cuda_stream + 1)
-
-
-@functools.cache
-def _zeros(device: torch.device, key: int) -> Tensor:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("quantize_act: call it once before it is captured in a CUDA graph")
-    return torch.zeros(MAX_ROW_BLOCKS, dtype=torch.int32, device=device)

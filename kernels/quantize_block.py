@@ -47,9 +47,9 @@ def index_along(L: gl.constexpr, rank: gl.constexpr, axis: gl.constexpr, size: g
 
 
 @gluon.jit
-def _words(x, L: gl.constexpr):
+def lane_words(x, L: gl.constexpr):
     """The four words of each lane, the last axis, as four tensors in layout L."""
-    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1], 32, 2, 2]))
+    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], 2, 2]))
     w0, w2 = gl.split(even)
     w1, w3 = gl.split(odd)
     return (gl.convert_layout(w0, L, assert_trivial=True), gl.convert_layout(w1, L, assert_trivial=True),
@@ -97,17 +97,23 @@ def load_factors(smooth_ptr, group, last, SLAB: gl.constexpr, WM: gl.constexpr, 
 
 
 @gluon.jit
-def store_factors(words, s_factors, T: gl.constexpr, SLAB: gl.constexpr, WK: gl.constexpr):
-    """1 / smooth_factor: two words for two channels, one half of a group after the other. bf16: pairs of larger, and of
-    smaller summands; fp16: float32."""
-    low, high = unpack_pair(words, T)
-    low, high = 1.0 / low, 1.0 / high
+def reciprocal_words(low, high, T: gl.constexpr):
+    """Two words for the float32 reciprocals of two channels: what :func:`smooth_words` multiplies by. bf16: pairs of
+    larger, and of smaller summands; fp16: as they are."""
     if T == BF16:
         first = pack_pair(low, high, T, False)
         first_low, first_high = unpack_pair(first, T)
         second = pack_pair(low - first_low, high - first_high, T, False)
     else:
         first, second = low.to(gl.int32, bitcast=True), high.to(gl.int32, bitcast=True)
+    return first, second
+
+
+@gluon.jit
+def store_factors(words, s_factors, T: gl.constexpr, SLAB: gl.constexpr, WK: gl.constexpr):
+    """1 / smooth_factor as :func:`reciprocal_words`, one half of a group after the other."""
+    low, high = unpack_pair(words, T)
+    first, second = reciprocal_words(1.0 / low, 1.0 / high, T)
     # axes: step, warp, k/32, k/16%2, k%8/2, k/8%2, part
     words = gl.reshape(gl.join(first, second), [SLAB, WK, 2, 2, 4, 2, 2])
     words = gl.reshape(gl.permute(words, [0, 6, 2, 1, 3, 5, 4]), [SLAB * 4, WK, 4, 4])
@@ -168,9 +174,9 @@ def _project(x, s_down, slot, sums, T: gl.constexpr, C: gl.constexpr):
     A: gl.constexpr = gl.BlockedLayout([1, 1, RT, 1, 4], [1, 1, 1, 32, 1], [WM, WK, 1, 1, 1], [4, 3, 2, 0, 1])
     low, high = sums
     for h in gl.static_range(2):
-        x_low, x_high = _words(x[h], gl.SliceLayout(2, C)), _words(x[2 + h], gl.SliceLayout(2, C))
+        x_low, x_high = lane_words(x[h], gl.SliceLayout(2, C)), lane_words(x[2 + h], gl.SliceLayout(2, C))
         for p in gl.static_range(2):
-            a = _words(s_down.index(slot * 4 + h * 2 + p).load(gl.SliceLayout(0, A)), gl.SliceLayout(0, C))
+            a = lane_words(s_down.index(slot * 4 + h * 2 + p).load(gl.SliceLayout(0, A)), gl.SliceLayout(0, C))
             low = _multiply(a, x_low[2 * p], x_low[2 * p + 1], low, T)
             high = _multiply(a, x_high[2 * p], x_high[2 * p + 1], high, T)
     return low, high
@@ -194,8 +200,8 @@ def _smooth_asm(UNSIGNED):
 
 
 @gluon.jit
-def _smooth(x, first, second, UNSIGNED: gl.constexpr, T: gl.constexpr):
-    """T(T(x + SHIFT) / smooth) of pairs; first, second: as :func:`store_factors` makes them."""
+def smooth_words(x, first, second, UNSIGNED: gl.constexpr, T: gl.constexpr):
+    """T(T(x + SHIFT) / smooth) of pairs; first, second: of :func:`reciprocal_words`."""
     if T == BF16:
         return gl.inline_asm_elementwise(
             _smooth_asm(UNSIGNED), "=r,r,r,r", [x, first, second], dtype=gl.int32, is_pure=True, pack=1
@@ -225,9 +231,11 @@ def _smoothed(x, s_factors, slot, UNSIGNED: gl.constexpr, T: gl.constexpr, P: gl
     first0, first1 = _factors(s_factors, slot * 4, V), _factors(s_factors, slot * 4 + 1, V)
     second0, second1 = _factors(s_factors, slot * 4 + 2, V), _factors(s_factors, slot * 4 + 3, V)
     return (
-        _words(_smooth(x[0], first0, second0, UNSIGNED, T), Q), _words(_smooth(x[1], first1, second1, UNSIGNED, T), Q),
-        _words(_smooth(x[2], first0, second0, UNSIGNED, T), Q), _words(_smooth(x[3], first1, second1, UNSIGNED, T), Q),
-    )  # fmt: skip
+        lane_words(smooth_words(x[0], first0, second0, UNSIGNED, T), Q),
+        lane_words(smooth_words(x[1], first1, second1, UNSIGNED, T), Q),
+        lane_words(smooth_words(x[2], first0, second0, UNSIGNED, T), Q),
+        lane_words(smooth_words(x[3], first1, second1, UNSIGNED, T), Q),
+    )
 
 
 @gluon.jit

@@ -18,10 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .device import describe
+from .arrivals import arrivals
+from .device import describe, multiprocessors
 from .epilogue import EPS, require
 from .gluon_compat import async_copy, barrier, gl, gluon
 from .int4 import RANK_MULTIPLE, PackedW4A4
+from .quantize_block import smooth_words
 from .quantize_int8_block import (
     add_statistics,
     column_factors,
@@ -42,7 +44,6 @@ from .quantize_int8_block import (
     rows_of_slices,
     rows_of_warps,
     shared_buffers,
-    smooth_words,
     store_codes,
     store_low_rank,
     store_step,
@@ -297,8 +298,7 @@ def quantize_act_int8(
     ranks = min(rank, RANKS) // 16  # of a launch
     architecture = describe(x.device).architecture
     if cut is None:
-        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        cut = choose_cut(rows, batches, k, ranks, multiprocessors, architecture)
+        cut = choose_cut(rows, batches, k, ranks, multiprocessors(x.device), architecture)
     blocks_per_batch, tiles = triton.cdiv(rows, cut.rows), cut.tiles + (cut.part > 0)
     blocks = batches * blocks_per_batch
     words = codes.view(torch.int32)
@@ -309,7 +309,10 @@ def quantize_act_int8(
         if cut.slices > 1:
             parts = scales.new_empty(blocks * cut.slices, 3 * tiles * 8)
             low_rank = scales.new_empty(blocks * cut.slices, triton.next_power_of_2(max(1, ranks)) * tiles * 128)
-            arrived = _arrivals(x.device) if blocks <= MAX_BLOCKS else torch.zeros_like(scales, dtype=torch.int32)
+            if blocks <= MAX_BLOCKS:
+                arrived = arrivals("quantize_act_int8", x.device, MAX_BLOCKS)
+            else:
+                arrived = torch.zeros_like(scales, dtype=torch.int32)
         for r in range(0, max(rank, 1), RANKS):  # more low-rank columns than fit beside each other
             of_launch = min(RANKS, rank - r) // 16
             quantize_int8_kernel[(blocks * cut.slices,)](
@@ -365,22 +368,3 @@ def choose_cut(rows: int, batches: int, k: int, ranks: int, multiprocessors: int
     if best is None:
         raise ValueError(f"K is {k}: too long for this GPU")
     return best
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of slices that have come so far, int32 [MAX_BLOCKS], 0 before and after every call.
-
-    One set for each stream, and one for all CUDA graphs of a device: graphs that contain this kernel cannot run side by
-    side. A cache on a function that is not pure: zeroing counters in every call would be a kernel of its own.
-    """
-    of_graphs = _zeros(device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return of_graphs
-    return _zeros(device, torch.cuda.current_stream(device).cuda_stream + 1)
-
-
-@functools.cache
-def _zeros(device: torch.device, key: int) -> Tensor:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("quantize_act_int8: call it once before it is captured in a CUDA graph")
-    return torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=device)

@@ -11,13 +11,12 @@ Smoothing in bf16 is that of ``quantize_block.py``: times the sum of two bf16 fa
 
 from __future__ import annotations
 
+from .act_codes import reciprocal
 from .epilogue import BF16, pack_pair, unpack_pair
 from .gluon_compat import async_copy, async_load, barrier, gl, gluon, store_as, view_as
-from .int4 import SHIFT
 from .int4_block import mma_16bit
-from .quantize_block import index_along
+from .quantize_block import index_along, lane_words, reciprocal_words
 
-_SHIFT = gl.constexpr(SHIFT)
 _LARGEST = gl.constexpr(3.4028234663852886e38)
 
 
@@ -49,12 +48,7 @@ def power_of_2(n):
 @gluon.jit
 def split_words(x):
     """The four words of each lane, the last axis."""
-    L: gl.constexpr = gl.SliceLayout(3, word_layout(x.shape[0]))
-    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1], 4, 2, 2]))
-    w0, w2 = gl.split(even)
-    w1, w3 = gl.split(odd)
-    return (gl.convert_layout(w0, L, assert_trivial=True), gl.convert_layout(w1, L, assert_trivial=True),
-            gl.convert_layout(w2, L, assert_trivial=True), gl.convert_layout(w3, L, assert_trivial=True))  # fmt: skip
+    return lane_words(x, gl.SliceLayout(3, word_layout(x.shape[0])))
 
 
 @gluon.jit
@@ -208,22 +202,11 @@ def _load(ptr, column, stop, EXACT: gl.constexpr):
 
 
 @gluon.jit
-def _reciprocal(x):
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def column_factors(smooth, scale, shift, T: gl.constexpr, NORM: gl.constexpr):
-    """(first, second): 1 / smooth_factor as two words for a pair: bf16: larger and smaller summands, fp16: float32.
-    (gain pair, shift pair): float32 of the modulation."""
+    """(first, second): 1 / smooth_factor as :func:`reciprocal_words`. (gain pair, shift pair): float32 of the
+    modulation."""
     low, high = unpack_pair(smooth, T)
-    low, high = _reciprocal(low), _reciprocal(high)
-    if T == BF16:
-        first = pack_pair(low, high, T, False)
-        first_low, first_high = unpack_pair(first, T)
-        second = pack_pair(low - first_low, high - first_high, T, False)
-    else:
-        first, second = low.to(gl.int32, bitcast=True), high.to(gl.int32, bitcast=True)
+    first, second = reciprocal_words(reciprocal(low), reciprocal(high), T)
     U: gl.constexpr = smooth.type.layout
     c = index_along(U, 3, 2, 4)
     first, second = _of_all_lanes(first, c), _of_all_lanes(second, c)
@@ -252,29 +235,6 @@ def normalize(x, gain, offset, rstd, minus_mean, T: gl.constexpr):
     low = gl.fma(gl.fma(low, a, b), gain[0], offset[0])
     high = gl.fma(gl.fma(high, a, b), gain[1], offset[1])
     return pack_pair(low, high, T, False)
-
-
-@gluon.constexpr_function
-def _smooth_asm(UNSIGNED):
-    shift = "fma.rn.bf16x2 x, x, one, shift;\n" if UNSIGNED else ""
-    return (
-        "{\n.reg .b32 x, y, one, shift, zero;\nmov.b32 x, $1;\nmov.b32 one, 0x3F803F80;\nmov.b32 shift, 0x3E303E30;\n"
-        f"mov.b32 zero, 0x80008000;\n{shift}fma.rn.bf16x2 y, x, $3, zero;\nfma.rn.bf16x2 $0, x, $2, y;\n}}"
-    )
-
-
-@gluon.jit
-def smooth_words(x, first, second, UNSIGNED: gl.constexpr, T: gl.constexpr):
-    """T(T(x + SHIFT) / smooth) of words."""
-    if T == BF16:
-        return gl.inline_asm_elementwise(
-            _smooth_asm(UNSIGNED), "=r,r,r,r", [x, first, second], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        low, high = unpack_pair(x, T)
-        if UNSIGNED:
-            low, high = unpack_pair(pack_pair(low + _SHIFT, high + _SHIFT, T, False), T)
-        return pack_pair(low * first.to(gl.float32, bitcast=True), high * second.to(gl.float32, bitcast=True), T, False)
 
 
 @gluon.jit

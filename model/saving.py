@@ -18,6 +18,7 @@ from comfy.weight_adapter import LoRAAdapter
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
+from ..kernels.int4 import MAX_RANK
 from ..loaders.saved import LORA_LEAVES
 from . import lora
 from .layout_svdq import SVDQInt4Layout, packed_parts
@@ -25,7 +26,6 @@ from .ops import QuantizedLinear, is_quantized
 
 log = logging.getLogger(__name__)
 
-MAX_RANK = 256  # of kernels/quantize.py, which needs Triton
 _SHOWN = 3
 _NAMES = {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 
