@@ -23,6 +23,7 @@ import sys
 import time
 from collections import defaultdict
 
+from comfyui_process import start_comfyui
 from full_size import TOKENS, register_package
 
 STEPS = 10
@@ -35,10 +36,8 @@ PARTS = (  # kind, kernels whose names match; the first that does
 
 
 def main(args: argparse.Namespace, options: list[str]) -> None:
-    sys.path.insert(0, args.comfyui)
-    sys.argv = ["main.py", *options]
     register_package()
-    start_comfyui()
+    start_comfyui(args.comfyui, options)
     from flux_peers import PEERS
 
     reference: dict[int, object] = {}
@@ -49,27 +48,6 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
             rows = [{"failed": f"{type(error).__name__}: {error}".split("\n")[0][:300]}]
         for row in rows:
             print("ROW " + json.dumps({"peer": name, "label": PEERS[name].label, **row}), flush=True)
-
-
-def start_comfyui() -> None:
-    """The order of imports and calls of ComfyUI's main.py, where dynamic VRAM has to be set up before torch."""
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy_aimdo.control
-    from comfy.cli_args import enables_dynamic_vram
-
-    if enables_dynamic_vram():
-        comfy_aimdo.control.init()
-    import comfy.memory_management
-    import comfy.model_management as management
-    import comfy.model_patcher
-
-    if enables_dynamic_vram() and comfy_aimdo.control.init_devices(
-        device.index for device in management.get_all_torch_devices()
-    ):
-        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-        comfy.memory_management.aimdo_enabled = True
 
 
 def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) -> list[dict]:

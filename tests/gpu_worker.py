@@ -2,8 +2,6 @@
 reports. Started by tests.
 
     python gpu_worker.py COMFYUI CHECKPOINT OUT.pt LORA -- [ComfyUI's own options]
-
-The order of imports and calls is that of ComfyUI's main.py, where dynamic VRAM has to be set up before torch.
 """
 
 from __future__ import annotations
@@ -16,27 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     comfyui, checkpoint_path, out, lora_path = sys.argv[1:5]
-    sys.argv = ["main.py", *sys.argv[sys.argv.index("--") + 1 :]]
-    sys.path.insert(0, comfyui)
-    import comfy.options
+    options = sys.argv[sys.argv.index("--") + 1 :]
+    sys.path.append(str(ROOT / "benchmarks"))
+    from comfyui_process import start_comfyui
 
-    comfy.options.enable_args_parsing()
-    import comfy_aimdo.control
-    from comfy.cli_args import enables_dynamic_vram
-
-    if enables_dynamic_vram():
-        comfy_aimdo.control.init()
-    import comfy.memory_management
-    import comfy.model_management as management
-    import comfy.model_patcher
-
-    dynamic = enables_dynamic_vram() and comfy_aimdo.control.init_devices(
-        device.index for device in management.get_all_torch_devices()
-    )
-    if dynamic:
-        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-        comfy.memory_management.aimdo_enabled = True
-
+    start_comfyui(comfyui, options)
     import conftest  # noqa: F401  registers the package
     import torch
 

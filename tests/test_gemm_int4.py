@@ -53,8 +53,7 @@ def run(codes, ascales, lora_act, weight, bias, **options) -> torch.Tensor:
 
 
 def on_gpu(weight):
-    fields = {name: value.to(DEVICE) for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
-    return type(weight)(**fields, act_unsigned=weight.act_unsigned)
+    return weight.map(lambda tensor: tensor.to(DEVICE))
 
 
 @pytest.mark.parametrize("m", [1, 63, 64, 130])

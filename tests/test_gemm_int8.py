@@ -9,7 +9,7 @@ import torch
 from checks import OUTPUT_ROUNDING, relative_error
 
 from svdq.kernels import reference
-from svdq.kernels.int4 import GROUP, W4A4, PackedW4A4
+from svdq.kernels.int4 import GROUP, W4A4
 
 DEVICE = "cuda"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -26,11 +26,6 @@ def layer(n: int, k: int, rank: int, dtype: torch.dtype, act_unsigned: bool = Fa
         proj_up=(torch.randn(n, rank, generator=g) * 0.3).to(dtype),
         act_unsigned=act_unsigned,
     )
-
-
-def to_gpu(weight: PackedW4A4) -> PackedW4A4:
-    tensors = (weight.qweight, weight.wscales, weight.smooth_factor, weight.proj_down, weight.proj_up)
-    return PackedW4A4(*(tensor.to(DEVICE) for tensor in tensors), weight.act_unsigned)
 
 
 # ---- the reference
@@ -115,7 +110,7 @@ def test_expand_kernel_has_the_bits_of_the_reference(n: int, k: int, act_unsigne
 
     weight = layer(n, k, 0, dtype, act_unsigned)
     out = torch.empty(n, k, dtype=torch.int8, device=DEVICE)
-    expanded = expand_w4_to_int8(to_gpu(weight.pack()), out)
+    expanded = expand_w4_to_int8(weight.pack().map(lambda tensor: tensor.to(DEVICE)), out)
     q, scales, sums = reference.expand_w4_to_int8(weight)
     assert expanded.q is out and torch.equal(out.cpu(), q) and torch.equal(expanded.scales.cpu(), scales)
     if act_unsigned:

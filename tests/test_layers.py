@@ -22,16 +22,14 @@ def layer(n: int, k: int, rank: int, dtype: torch.dtype, unsigned: bool = False)
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    weight = W4A4(
+    return W4A4(
         q=torch.randint(-8, 8, (n, k), generator=generator).to(torch.int8),
         wscales=(torch.rand(n, k // 64, generator=generator) * 0.02 + 0.001).to(dtype),
         smooth_factor=normal(k).mul_(0.3).exp_().to(dtype),
         proj_down=(normal(rank, k) * k**-0.5).to(dtype),
         proj_up=(normal(n, rank) * 0.3).to(dtype),
         act_unsigned=unsigned,
-    ).pack()
-    fields = {name: value.to(DEVICE) for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
-    return PackedW4A4(**fields, act_unsigned=unsigned)
+    ).pack().map(lambda tensor: tensor.to(DEVICE))  # fmt: skip
 
 
 @pytest.mark.parametrize("m", [1, 70, 4608])

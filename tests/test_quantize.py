@@ -26,8 +26,7 @@ def random_layer(k: int, rank: int, dtype: torch.dtype, unsigned: bool = False) 
 
 
 def to_gpu(weight: PackedW4A4) -> PackedW4A4:
-    tensors = (weight.qweight, weight.wscales, weight.smooth_factor, weight.proj_down, weight.proj_up)
-    return PackedW4A4(*(tensor.cuda() for tensor in tensors), weight.act_unsigned)
+    return weight.map(torch.Tensor.cuda)
 
 
 def run(x: torch.Tensor, layer: W4A4, norm=None, cut=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
