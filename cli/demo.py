@@ -11,16 +11,16 @@ import json
 import os
 import shutil
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import ROOT, UserError
+from .arguments import positive, seed, size
 from .comfy_client import ComfyError, ConnectionLost, Event, images_of
 from .comfy_server import ComfyServer, ServerFailed
 from .console import StatusLine
 from .environment import comfyui_of_user, exclusive, work_directory
-from .workflow import Prompt, WorkflowError, find_node, set_input, to_prompt
+from .workflow import Prompt, WorkflowError, find_node, offered_file, set_input, to_prompt
 
 if TYPE_CHECKING:
     from ..loaders import Checkpoint
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``demo``."""
     parser.add_argument("--model", type=Path, metavar="FILE", help="SVDQuant INT4 FLUX file or legacy folder to use")
     parser.add_argument("--prompt", metavar="TEXT", help="what the picture should show")
-    parser.add_argument("--steps", type=_positive, help="sampling steps (default: the workflow's; schnell 4)")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="size of the picture, multiples of 16")
-    parser.add_argument("--seed", type=_seed, help="seed of the noise")
+    parser.add_argument("--steps", type=positive, help="sampling steps (default: the workflow's; schnell 4)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="size of the picture, multiples of 16")
+    parser.add_argument("--seed", type=seed, help="seed of the noise")
     parser.add_argument("--output", type=Path, metavar="PNG", default=ROOT / "out" / "demo.png", help="file to write")
     parser.add_argument("--text-encoders", type=Path, metavar="DIR", help="folder with t5xxl* and clip_l*")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="FLUX's VAE, ae.safetensors")
@@ -175,12 +175,9 @@ class Job:
             "clip_name2": ("t5xxl*fp8*", "t5xxl*"),
             "vae_name": ("ae.*", "ae_*", "*flux*ae*"),
         }[name]
-        spec = object_info[node]["input"]["required"][name]
-        offered = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
-        for pattern in patterns:
-            for file in offered:
-                if fnmatch(Path(file).name.lower(), pattern):
-                    return file
+        file = offered_file(object_info, node, name, patterns)
+        if file is not None:
+            return file
         own = comfyui_of_user()
         models = own / "models" if own is not None else self._models
         raise UserError(f"no {patterns[-1]} found; {_WHERE_TO_GET.format(models=models)}")
@@ -333,22 +330,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2^64 - 1")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()) or int(width) % 16 or int(height) % 16 or "0" in (width, height):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, as 1024x768")
-    return int(width), int(height)

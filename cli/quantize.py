@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import size
+
 if TYPE_CHECKING:
     from ..quantizer.job import Result
     from .console import StatusLine
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-calibration", action="store_true", help="use the weights alone")
     parser.add_argument("--gptq", action="store_true", help="let weights make up for each other's rounding: slower")
     parser.add_argument(
-        "--size", type=_size, default=DEFAULT_SIZE, metavar="WxH", help="of the calibration's pictures: 1024x1024"
+        "--size", type=size, default=DEFAULT_SIZE, metavar="WxH", help="of the calibration's pictures: 1024x1024"
     )
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="per prompt: 8 (default); 4 suits schnell")
     parser.add_argument("--text-encoders", type=Path, metavar="DIR", help="folder with t5xxl* and clip_l*")
@@ -135,13 +137,6 @@ def _summary(out: str, report: dict[str, Any], seconds: float) -> str:
 
 def _rank(text: str) -> int | str:
     return AUTO if text == AUTO else int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()) or int(width) % 16 or int(height) % 16 or "0" in (width, height):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in multiples of 16, as 1024x768")
-    return int(width), int(height)
 
 
 def quantize(

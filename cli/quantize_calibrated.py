@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .comfy_client import ComfyError, ConnectionLost, Event
 from .comfy_server import ComfyServer, ServerFailed
 from .environment import Environment, comfyui_of_user, exclusive, work_directory
 from .quantize import TimeLeft
+from .workflow import offered_file
 
 NODE = "SVDQFluxQuantize"
 _GIVEN = "given-to-quantize"  # folder or file, inside one of ComfyUI's, for a link to what the command line names
@@ -129,12 +129,9 @@ def make_prompt(job: Job, model: str, file: str | None, object_info: dict[str, A
 
 
 def _encoder(object_info: dict[str, Any], name: str) -> str:
-    spec = object_info["DualCLIPLoader"]["input"]["required"][name]
-    offered = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
-    for pattern in _ENCODERS[name]:
-        for file in offered:
-            if fnmatch(Path(file).name.lower(), pattern):
-                return file
+    file = offered_file(object_info, "DualCLIPLoader", name, _ENCODERS[name])
+    if file is not None:
+        return file
     raise UserError(
         f"no {_ENCODERS[name][-1]} found for --prompts: put clip_l and t5xxl into the text_encoders folder of your "
         "ComfyUI (COMFYUI_PATH) or name their folder with --text-encoders; or encode the prompts elsewhere with the "

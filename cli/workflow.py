@@ -6,7 +6,9 @@ covered (subgraphs, widgets that grow other widgets) is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
@@ -55,6 +57,14 @@ def find_node(prompt: Prompt, node: str) -> str:
     if len(found) != 1:
         raise WorkflowError(f"{len(found)} nodes of class or title {node!r}, expected one")
     return found[0]
+
+
+def offered_file(object_info: Mapping[str, Any], node: str, name: str, patterns: Iterable[str]) -> str | None:
+    """The first file that the server offers for a loader's input and whose name fits; earlier patterns go first."""
+    spec = object_info[node]["input"]["required"][name]
+    offered = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+    fitting = (file for pattern in patterns for file in offered if fnmatch(Path(file).name.lower(), pattern))
+    return next(fitting, None)
 
 
 def set_input(prompt: Prompt, node: str, name: str, value: Any) -> None:

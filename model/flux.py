@@ -226,7 +226,7 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
         modulations = (self.img_mod.lin(silu), self.txt_mod.lin(silu))
         return self._run(modulations, (img, txt), pe, attn_mask, transformer_options)
 
-    def _compute(self, weights: dict, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
+    def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
         img, txt = streams
         batch, n_txt, hidden = txt.shape
         length = n_txt + img.shape[1]
@@ -272,7 +272,7 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
         modulation = self.modulation.lin(nn.functional.silu(vec))
         return self._run((modulation,), (x,), pe, attn_mask, transformer_options)[0]
 
-    def _compute(self, weights: dict, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
+    def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
         (x,) = streams
         batch, length, hidden = x.shape
         shift, scale, gate = modulations[0].chunk(3, dim=1)
