@@ -44,10 +44,8 @@ class Editor:
     def open_template(self, name: str) -> None:
         """Open a workflow of this pack from the template browser, which is open already on a first visit."""
         self.wait(self._template_browser, "the template browser")
-        category = self.wait(
-            lambda: self.find("[role=dialog] [role=button]", text=self.server.pack_name), "this pack's templates"
-        )
-        category.click()
+        category = "[role=dialog] [role=button]"
+        self.wait(lambda: self._clicked(self.find(category, text=self.server.pack_name)), "this pack's templates")
         self.click(f"[data-testid='template-workflow-{name}']")
         self.wait(lambda: self.find("[data-testid=dialog-overlay]") is None, "the template browser to close")
         types = sorted(node["type"] for node in workflow_file(name)["nodes"])
@@ -104,8 +102,19 @@ class Editor:
         return None
 
     def click(self, css: str) -> None:
-        """Wait for an element and click it."""
-        self.wait(lambda: self.find(css), css).click()
+        """Click an element as soon as it is there and nothing covers it, such as the splash of a page that loads."""
+        self.wait(lambda: self._clicked(self.find(css)), f"{css} to be clickable")
+
+    def _clicked(self, element: WebElement | None) -> bool:
+        from selenium.common.exceptions import ElementClickInterceptedException
+
+        if element is None:
+            return False
+        try:
+            element.click()
+        except ElementClickInterceptedException:
+            return False
+        return True
 
     def js(self, script: str, *arguments: Any) -> Any:
         """Run JavaScript in the page."""
