@@ -208,16 +208,16 @@ def quantize_int8_figures(
     )
 
 
-def gemv_figures(arch: str, dtype: str = "bf16", rows: int = 1) -> Figures:
-    """The AWQ GEMV as gemv_w4a16 launches it for 1, 2, 4 or 8 rows."""
-    from svdq.kernels.gemv import _gemv_kernel
+def gemv_figures(arch: str, dtype: str = "bf16") -> Figures:
+    """The AWQ GEMV as gemv_w4a16 launches it, for any number of rows."""
+    from svdq.kernels.gemv import UNROLL, WARPS, gemv_kernel
 
-    pointers = {"x_ptr": f"*{dtype}", "qweight_ptr": "*i32"} | dict.fromkeys(("wscales_ptr", "wzeros_ptr"), f"*{dtype}")
+    pointers = dict.fromkeys(("x_ptr", "qweight_ptr", "wscales_ptr", "wzeros_ptr"), "*i32")
     pointers |= {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
-    sizes = dict.fromkeys(("M", "N", "K", "splits", "stride_xm", "stride_ym"), "i32")
-    constants = {"HAS_BIAS": True, "BLOCK_M": rows, "BLOCK_N": 8, "BLOCK_W": 128 if rows <= 2 else 64}
-    aligned = {*pointers, "N", "K", "stride_xm", "stride_ym"}
-    return compile_for(_gemv_kernel, pointers | sizes, constants, arch, 4, aligned)
+    aligned = ("N", "K", "stride_xm", "stride_ym")
+    sizes = dict.fromkeys(("M", *aligned[:2], "splits", *aligned[2:]), "i32")
+    constants = {"HAS_BIAS": True, "T": {"bf16": 0, "fp16": 1}[dtype], "WARPS": WARPS, "UNROLL": UNROLL}
+    return compile_for(gemv_kernel, pointers | sizes, constants, arch, WARPS, {*pointers, *aligned}, mma="HMMA")
 
 
 def gemm_gelu_quantize_figures(tile, arch: str, dtype: str = "bf16") -> Figures:
