@@ -25,9 +25,10 @@ COMMANDS = {
     "doctor": "show GPU, driver, torch, ComfyUI and the backend that would be used, with a remedy per problem",
     "inspect": "say what is in a checkpoint and how it would run here",
     "dequantize": "write the effective 16-bit or float32 weights under ComfyUI's FLUX names",
+    "convert": "write an INT4 checkpoint in another format, or with LoRAs baked in",
     "quantize": "make an INT4 checkpoint from a 16-bit FLUX.1 model (can be interrupted and gone on with)",
     "synth": "write a valid checkpoint with random weights, for tests and benchmarks",
-    "bench": "print figures of the kernels (--static: for GPUs that are not in this machine) or of a whole step",
+    "bench": "print figures of the kernels (--static: for GPUs that are not in this machine), whole steps, quality",
 }
 
 EXIT_USER_ERROR = 2

@@ -44,24 +44,26 @@ def dequantize(
     dtype: str = "bf16",
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
 ) -> int:
     """Write the effective weights of the checkpoint ``path`` to ``out`` and return the number of bytes written.
 
     Stock ComfyUI FLUX with them computes what the quantized model computes but for activation quantization: low-rank
     and smoothing are multiplied in, biases behind a GELU are those of the ordinary layer, modulation is in stock order.
-    One layer at a time is in memory. Raises CheckpointError if the checkpoint cannot be read or ``out`` not be written.
+    One layer at a time is in memory, and computed on ``device``: a GPU sums low-rank products in another order, which
+    moves a few weights by one bit. Raises CheckpointError if the checkpoint cannot be read or ``out`` not be written.
     """
     import torch
 
     from ..loaders import open_checkpoint
-    from ..loaders.safetensors_file import mapped_reader, problem
-    from ..loaders.write import Spec, safetensors_writer
+    from ..loaders.safetensors_file import mapped_reader
+    from ..loaders.weights import on_device
+    from ..loaders.write import Spec, check_not_read, safetensors_writer
 
     target = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[dtype]
     # A mapping for each tensor: when a layer is dropped, its part of the file leaves memory with it.
     checkpoint = open_checkpoint(path, lambda file: lambda key: mapped_reader(file)(key))
-    if any(os.path.exists(out) and os.path.samefile(out, file) for file in checkpoint.files):
-        raise problem(str(out), "file", "the checkpoint that is read", "another file", "Choose another name")
+    check_not_read(out, checkpoint.files)
     specs: dict[str, Spec] = {}
     for name, layer in checkpoint.layers():
         specs[f"{name}.weight"] = Spec(target, layer.shape)
@@ -77,7 +79,7 @@ def dequantize(
     }
     with safetensors_writer(out, specs, metadata, force) as write:
         for done, (name, layer) in enumerate(checkpoint.layers(), start=1):
-            weight, bias = effective(layer, target)
+            weight, bias = effective(on_device(layer, device), target)
             write(f"{name}.weight", weight)
             if bias is not None:
                 write(f"{name}.bias", bias)

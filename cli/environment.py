@@ -44,7 +44,7 @@ CHECKED_MODULES = ("torch", "torchvision", "torchaudio", "safetensors", "comfy_k
 PROGRESS_BAR = "raw"
 
 _ALWAYS_VENV = ("demo", "test")
-_NEEDS_TORCH = ("inspect", "dequantize", "quantize", "synth", "bench")
+_NEEDS_TORCH = ("inspect", "dequantize", "convert", "quantize", "synth", "bench")
 _MODULES = {
     "demo": ("torch", "safetensors", "aiohttp"),
     "test": ("torch", "safetensors", "aiohttp", "pytest", "ruff"),

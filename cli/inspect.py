@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..loaders import Checkpoint
+    from ..loaders.flux_names import Source
 
 _KINDS = {
     "w4a4": "4-bit layers",
@@ -23,6 +24,7 @@ _FORMATS = {
     "nunchaku": "SVDQuant, single file",
     "nunchaku-legacy-folder": "SVDQuant, legacy folder",
     "comfyui": "SVDQuant, saved by ComfyUI",
+    "comfy-kitchen": "SVDQuant, in comfy-kitchen's layouts",
 }
 _TELLING = ("_name_or_path", "_class_name", "_diffusers_version", "model_class", "method", "rank")
 _SHOWN_CHARACTERS = 100
@@ -63,15 +65,13 @@ def inspect(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
 
 
 def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    from ..loaders.weights import AWQLinear, W4A4Linear
+    from ..loaders import flux_names
+    from ..quantizer.source import stock_shapes
 
-    layers: Counter[str] = Counter()
-    dense_values = 0
-    for _, layer in checkpoint.layers():
-        quantized = "w4a4" if isinstance(layer, W4A4Linear) else "modulation"
-        layers[quantized if isinstance(layer, (W4A4Linear, AWQLinear)) else "plain"] += 1
-        dense_values += math.prod(layer.shape) + (0 if layer.bias is None else layer.shape[0])
     config = checkpoint.config
+    sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    layers = Counter(_kind(source) for source in sources.values())
+    dense_values = sum(math.prod(shape) for shape in stock_shapes(config).values())
     return {
         "path": checkpoint.path,
         "file_bytes": checkpoint.file_bytes,
@@ -96,23 +96,28 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
-    from ..loaders import flux_names, saved
-    from ..loaders.safetensors_file import read_header
+def _kind(source: Source) -> str:
+    from ..loaders.flux_names import AWQSource, W4A4Source
 
-    def kind(source: flux_names.Source) -> str:
-        return {flux_names.W4A4Source: "w4a4", flux_names.AWQSource: "modulation"}.get(type(source), "plain")
+    return {W4A4Source: "w4a4", AWQSource: "modulation"}.get(type(source), "plain")
+
+
+def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
+    from ..loaders import flux_names, kitchen, saved
+    from ..loaders.safetensors_file import read_header
 
     config = checkpoint.config
     sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
     headers = [read_header(file) for file in checkpoint.files]
+    kinds = {name: _kind(source) for name, source in sources.items()}
     if checkpoint.format == "comfyui":
         low_rank, prefix = saved.LOW_RANK_LEAVES, saved.saved_prefix(headers[0])
-        kinds = {name: kind(source) for name, source in sources.items()}
+    elif checkpoint.format == "comfy-kitchen":
+        low_rank, prefix = kitchen.LOW_RANK_LEAVES, kitchen.kitchen_prefix(headers[0])
     else:
         low_rank, prefix = flux_names.LOW_RANK_LEAVES, ""
         stored = ((getattr(source, "parts", None) or (source.name,), source) for source in sources.values())
-        kinds = {name: kind(source) for names, source in stored for name in names}
+        kinds = {name: _kind(source) for names, source in stored for name in names}
     sizes = dict.fromkeys(_KINDS, 0)
     for header in headers:
         for key, info in header.tensors.items():

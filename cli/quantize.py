@@ -25,20 +25,19 @@ DEFAULT_TARGET = 0.1
 _LEAST_SHARE = 0.02  # done, before the speed says something
 DEFAULT_SIZE = (1024, 1024)
 DEFAULT_STEPS = 8
-_WHICH = (
-    "say what the calibration is to see: --prompts FILE (one per line; needs FLUX's text encoders) or "
-    "--conditioning FILE (made by the node SVDQ Save Conditioning); or add --no-calibration to use the weights alone, "
-    "which is quick and worse"
-)
+BUILTIN = "builtin"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="SRC", help="16-bit FLUX.1 model: a .safetensors file or a folder of them")
     parser.add_argument("out", metavar="OUT", help="the .safetensors file to write, 3.5 times smaller")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--prompts", metavar="FILE", help="calibrate on these prompts: a UTF-8 text, one per line")
+    how.add_argument(
+        "--prompts", default=BUILTIN, metavar="FILE",
+        help="calibrate on these prompts: a UTF-8 text, one per line; or builtin (default), 32 of our own",
+    )  # fmt: skip
     how.add_argument("--conditioning", metavar="FILE", help="the same, encoded: a file of SVDQ Save Conditioning")
-    how.add_argument("--no-calibration", action="store_true", help="use the weights alone")
+    how.add_argument("--no-calibration", action="store_true", help="use the weights alone: quick and worse")
     parser.add_argument("--gptq", action="store_true", help="let weights make up for each other's rounding: slower")
     parser.add_argument(
         "--size", type=size, default=DEFAULT_SIZE, metavar="WxH", help="of the calibration's pictures: 1024x1024"
@@ -65,22 +64,19 @@ def run(args: argparse.Namespace) -> int:
     from .console import StatusLine
 
     started, status = time.monotonic(), StatusLine()
-    calibrated = args.prompts or args.conditioning
-    if not calibrated and not args.no_calibration:
-        raise UserError(_WHICH)
     if args.rank == AUTO:
         args.rank, args.target_error = MAX_RANK, args.target_error or DEFAULT_TARGET
     elif args.target_error is not None:
         raise UserError("--target-error is for --rank auto")
-    if not calibrated and args.gptq:
-        raise UserError("--gptq looks at activations, so it needs --prompts or --conditioning")
-    if calibrated:
+    if args.no_calibration and args.gptq:
+        raise UserError("--gptq looks at activations: leave --no-calibration out")
+    if args.no_calibration:
+        report = _without_calibration(args, status)
+    else:
         from . import quantize_calibrated
 
         quantize_calibrated.run(quantize_calibrated.job_of(args), lambda text: status.update(f"{args.out}: {text}"))
         report = json.loads(Path(f"{args.out}.report.json").read_text(encoding="utf-8"))
-    else:
-        report = _without_calibration(args, status)
     status.clear()
     print(_summary(args.out, report, time.monotonic() - started))
     return 0

@@ -14,13 +14,13 @@ from typing import Any
 
 from ..loaders.safetensors_file import read_header
 from ..loaders.write import check_target
-from ..quantizer.prompts import read_lines, read_prompts
+from ..quantizer.prompts import BUILTIN_PROMPTS, read_lines, read_prompts
 from ..quantizer.source import open_dense
 from . import ROOT, UserError
 from .comfy_client import ComfyError, ConnectionLost, Event
 from .comfy_server import ComfyServer, ServerFailed
 from .environment import Environment, comfyui_of_user, exclusive, work_directory
-from .quantize import TimeLeft
+from .quantize import BUILTIN, TimeLeft
 from .workflow import offered_file
 
 NODE = "SVDQFluxQuantize"
@@ -46,7 +46,10 @@ def job_of(args: argparse.Namespace) -> Job:
     """What a command line asks for, checked as far as that takes no time. Raises UserError, CheckpointError."""
     source, out = Path(args.file).absolute(), Path(args.out).absolute()
     if source.is_dir():
-        raise UserError(f"{source} is a folder: calibration needs one file, as ComfyUI loads it")
+        raise UserError(
+            f"{source} is a folder: calibration needs one file, as ComfyUI loads it; "
+            "or add --no-calibration to use the weights alone, which is worse"
+        )
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: name a .safetensors file")
     # fp8 is for ComfyUI to judge.
@@ -57,7 +60,9 @@ def job_of(args: argparse.Namespace) -> Job:
         raise UserError(f"--text-encoders {args.text_encoders}: no such folder")
     if args.conditioning:
         read_prompts(args.conditioning)
-    prompts = tuple(read_lines(args.prompts)) if args.prompts else ()
+        prompts: list[str] = []
+    else:
+        prompts = read_lines(BUILTIN_PROMPTS if args.prompts == BUILTIN else args.prompts)
     widgets = {
         "filename": out.stem, "folder": "output", "rank": args.rank, "gptq": args.gptq, "width": args.size[0],
         "height": args.size[1], "steps": args.steps, "calibration_seed": args.seed, "overwrite": args.force,
@@ -65,7 +70,7 @@ def job_of(args: argparse.Namespace) -> Job:
     }  # fmt: skip
     cpu = {"auto": None, "cpu": True, "cuda": False}[args.device]
     conditioning = Path(args.conditioning).absolute() if args.conditioning else None
-    return Job(source, out, conditioning, prompts, widgets, args.text_encoders, cpu)
+    return Job(source, out, conditioning, tuple(prompts), widgets, args.text_encoders, cpu)
 
 
 def run(job: Job, show: Callable[[str], None]) -> None:
@@ -133,9 +138,10 @@ def _encoder(object_info: dict[str, Any], name: str) -> str:
     if file is not None:
         return file
     raise UserError(
-        f"no {_ENCODERS[name][-1]} found for --prompts: put clip_l and t5xxl into the text_encoders folder of your "
+        f"no {_ENCODERS[name][-1]} found to encode prompts: put clip_l and t5xxl into the text_encoders folder of your "
         "ComfyUI (COMFYUI_PATH) or name their folder with --text-encoders; or encode the prompts elsewhere with the "
-        "node SVDQ Save Conditioning and use --conditioning"
+        "node SVDQ Save Conditioning and use --conditioning; or add --no-calibration to use the weights alone, "
+        "which is worse"
     )
 
 

@@ -31,9 +31,10 @@ Byte order: ``layout.py``. Packed classes hold the bytes as the file has them; `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import layout
 
@@ -109,6 +110,20 @@ class PackedW4A4:
             proj_down=self.proj_down,
             proj_up=self.proj_up[start:stop],
             act_unsigned=self.act_unsigned,
+        )
+
+    def extended(self, down: Tensor, up: Tensor) -> PackedW4A4:
+        """The same weight with r more columns in its low-rank branch, and zeros up to the next valid rank.
+
+        down: [r, K] · up: [N, r], natural order, any float dtype; rounded to T.
+        """
+        missing = -len(down) % RANK_MULTIPLE
+        down = pad(down, (0, 0, 0, missing)).to(self.proj_down.dtype)
+        up = pad(up, (0, missing)).to(self.proj_up.dtype)
+        return replace(
+            self,
+            proj_down=layout.concat_lowrank(self.proj_down, layout.pack_lowrank_down(down)),
+            proj_up=layout.concat_lowrank(self.proj_up, layout.pack_lowrank_up(up)),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedW4A4:

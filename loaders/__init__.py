@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from .kitchen import build_kitchen, kitchen_prefix
 from .legacy import open_legacy_folder
 from .nunchaku import build_checkpoint
 from .safetensors_file import Reader, mapped_reader, problem, read_header
@@ -22,7 +23,8 @@ __all__ = [
 
 
 def open_checkpoint(path: str | os.PathLike[str], reader: Reader = mapped_reader) -> Checkpoint:
-    """Open an SVDQuant INT4 FLUX checkpoint: a single safetensors file, a legacy folder, or what ModelSave wrote.
+    """Open an SVDQuant INT4 FLUX checkpoint: a single safetensors file, a legacy folder, what ModelSave wrote, or a
+    file in comfy-kitchen's layouts.
 
     Headers are read and checked at once, tensor data only when a layer is asked for, as views of the mapped file.
     ``reader`` replaces the way in which tensors are read. Raises CheckpointError, one line that says what is wrong.
@@ -35,6 +37,8 @@ def open_checkpoint(path: str | os.PathLike[str], reader: Reader = mapped_reader
     if not os.path.isfile(path):
         raise problem(path, "file", "neither file nor folder", "a checkpoint file or folder", "Check the path")
     header = read_header(path)
+    if kitchen_prefix(header) is not None:  # first: both kinds have weight_zeros
+        return build_kitchen(header, reader)
     if saved_prefix(header) is not None:
         return build_saved(header, reader)
     return build_checkpoint(path, "nunchaku", [header], header.metadata, reader)

@@ -226,17 +226,27 @@ def _read_awq(source: AWQSource, get: Callable[[str], Tensor]) -> AWQLinear:
     )
     # float32: a scale bias near -1 is stored near 0 after +1, with more bits than bf16 has near -1.
     bias = layout.deinterleave_rows(get(f"{source.name}.bias"), source.splits).float()
-    chunks = bias.reshape(source.splits, -1).clone()
-    chunks[1::3] -= 1.0  # the scale chunks: 1 and 4 of six, 1 of three
-    return AWQLinear(weight, chunks.reshape(-1))
+    return AWQLinear(weight, _add_to_scales(bias, source.splits, -1.0))
 
 
 def _read_plain(source: PlainSource, get: Callable[[str], Tensor]) -> PlainLayer:
     weight = get(f"{source.name}.weight")
     bias = get(f"{source.name}.bias") if source.has_bias else None
     if source.swap_halves:
-        weight, bias = (torch.cat(tensor.chunk(2)[::-1]) for tensor in (weight, bias))
+        weight, bias = swapped_halves(weight), swapped_halves(bias)
     return PlainLayer(weight, bias)
+
+
+def swapped_halves(tensor: Tensor) -> Tensor:
+    """Rows of a layer with ``PlainSource.swap_halves``, from the order of the file to that of the model and back."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def _add_to_scales(bias: Tensor, splits: int, value: float) -> Tensor:
+    """float32 bias [N] of a modulation layer, in BFL's order, with ``value`` added to its scale chunks."""
+    chunks = bias.reshape(splits, -1).clone()
+    chunks[1::3] += value  # 1 and 4 of six, 1 of three
+    return chunks.reshape(-1)
 
 
 def _sum_exactly(biases: list[Tensor]) -> Tensor:
@@ -244,3 +254,46 @@ def _sum_exactly(biases: list[Tensor]) -> Tensor:
     total = torch.stack([bias.float() for bias in biases]).sum(dim=0)
     rounded = total.to(biases[0].dtype)
     return rounded if torch.equal(rounded.float(), total) else total
+
+
+# ---- writing
+
+
+def stored_layer(source: Source, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Stored name -> tensor of one layer, the inverse of reading it; biases and scales in ``dtype``.
+
+    A layer with a LoRA beside it has no such form: ``layer.lora`` is left out.
+    """
+    if isinstance(layer, AWQLinear):
+        return {f"{source.name}.{leaf}": tensor for leaf, tensor in awq_leaves(layer.weight, layer.bias, dtype).items()}
+    if isinstance(layer, PlainLayer):
+        leaves = {"weight": layer.weight} if layer.bias is None else {"weight": layer.weight, "bias": layer.bias}
+        return {f"{source.name}.{leaf}": swapped_halves(tensor) if source.swap_halves else tensor
+                for leaf, tensor in leaves.items()}  # fmt: skip
+    if layer.axis == 0:
+        biases = layer.bias.split([part.n for part in layer.parts])
+    else:  # the last part carries the only bias
+        biases = [torch.zeros_like(layer.bias)] * (len(layer.parts) - 1) + [layer.bias]
+    return {
+        f"{name}.{leaf}": tensor
+        for name, part, bias in zip(source.parts, layer.parts, biases, strict=True)
+        for leaf, tensor in w4a4_leaves(part, bias.to(dtype)).items()
+    }
+
+
+def w4a4_leaves(packed: PackedW4A4, bias: Tensor) -> dict[str, Tensor]:
+    """Leaf -> tensor of a stored W4A4 layer; bias: T [N], natural order, as stored (with the shift taken back)."""
+    leaves = {
+        "qweight": packed.qweight,
+        "wscales": packed.wscales,
+        "smooth": packed.smooth_factor,
+        "smooth_orig": packed.smooth_factor,
+        "bias": layout.pack_vector(bias),
+    }
+    return leaves | ({"lora_down": packed.proj_down, "lora_up": packed.proj_up} if packed.rank else {})
+
+
+def awq_leaves(packed: PackedAWQ, bias: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Leaf -> tensor of a stored modulation layer; bias: [N], in BFL's order and without the +1."""
+    stored = layout.interleave_rows(_add_to_scales(bias.float(), packed.splits, 1.0), packed.splits).to(dtype)
+    return {"qweight": packed.qweight, "wscales": packed.wscales, "wzeros": packed.wzeros, "bias": stored}

@@ -48,9 +48,14 @@ _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 def saved_prefix(header: Header) -> str | None:
     """What the names of the model's layers begin with if this is a saved model of this pack, else None."""
+    return prefix_before(header, _TELLING)
+
+
+def prefix_before(header: Header, telling: tuple[str, ...]) -> str | None:
+    """What stands before the blocks' stock names, by a layer of theirs that has one of the leaves ``telling``."""
     for key in header.tensors:
         layer, _, leaf = key.rpartition(".")
-        if leaf in _TELLING:
+        if leaf in telling:
             for blocks in ("double_blocks.", "single_blocks."):
                 prefix, found, rest = layer.partition(blocks)
                 if found and rest.partition(".")[0].isdecimal():
@@ -110,7 +115,7 @@ def _inner(source: W4A4Source) -> tuple[tuple[str, str], ...]:
     return (last,) if len(source.parts) == 1 else (("weight_head_qdata", "weight_head_"), last)
 
 
-def _shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int, int]:
+def layer_shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int, int]:
     """[N, K] of a quantized layer."""
     if isinstance(source, AWQSource):
         return source.splits * config.hidden_size, config.hidden_size
@@ -130,7 +135,7 @@ def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
             if source.has_bias:
                 expected[f"{name}.bias"] = (PLAIN, shape[:1])
             continue
-        rows, columns = _shape(source, config)
+        rows, columns = layer_shape(source, config)
         expected |= {
             f"{name}.bias": (PLAIN, (rows,)),
             f"{name}.comfy_quant": (("U8",), (None,)),
@@ -172,7 +177,7 @@ def _check_layers(tensors: TensorSet, header: Header, config: FluxConfig, layers
                 rank = check_rank(tensors, f"{name}.{start}down", f"{name}.{start}up")
                 ranks[rank] = ranks.get(rank, 0) + 1
             kind = {"format": SVDQ_INT4, "axis": source.axis, "unsigned": source.unsigned[-1]}
-        descriptions[f"{name}.comfy_quant"] = kind | {"shape": list(_shape(source, config))}
+        descriptions[f"{name}.comfy_quant"] = kind | {"shape": list(layer_shape(source, config))}
     _check_descriptions(tensors, header, descriptions)
     return dict(sorted(ranks.items()))
 

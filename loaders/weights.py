@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,15 +104,27 @@ class PlainLayer:
 Layer = W4A4Linear | AWQLinear | PlainLayer
 
 
+def on_device(layer: Any, device: torch.device | str) -> Any:
+    """A layer, or part of one, with every tensor in it on ``device``."""
+    if isinstance(layer, Tensor):
+        return layer.to(device)
+    if isinstance(layer, tuple):
+        return tuple(on_device(part, device) for part in layer)
+    if dataclasses.is_dataclass(layer):
+        fields = {f.name: on_device(getattr(layer, f.name), device) for f in dataclasses.fields(layer)}
+        return dataclasses.replace(layer, **fields)
+    return layer
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: facts about it, and its layers on demand.
 
-    path: file or folder · files: the files that hold the bytes · format: "nunchaku", "nunchaku-legacy-folder" or
-    "comfyui" · variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the low-rank branch ->
-    number of packed weights that have it · dtype: of scales and low-rank factors · metadata: the header's strings ·
-    notes: what a user should know and nothing breaks on · file_bytes: total size · layer_names: stock module names in
-    model order.
+    path: file or folder · files: the files that hold the bytes · format: "nunchaku", "nunchaku-legacy-folder",
+    "comfyui" or "comfy-kitchen" · variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the
+    low-rank branch -> number of packed weights that have it · dtype: of scales and low-rank factors · metadata: the
+    header's strings · notes: what a user should know and nothing breaks on · file_bytes: total size · layer_names:
+    stock module names in model order.
 
     ``layer(name)`` reads one layer: tensors are views of the mapped file wherever the stock layout allows it.
     """

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,10 @@ from .safetensors_file import problem
 WriteTensor = Callable[[str, Tensor], None]
 """Writes one of the announced tensors; any order, any thread, each name once."""
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.int32: "I32"}
+_NAMES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.int32: "I32",
+    torch.uint8: "U8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ def check_target(path: Path, nbytes: int, force: bool) -> None:
             str(path), "free disk space", f"{free / 1e9:.1f} GB", f"{nbytes / 1e9:.1f} GB",
             "Make room or write to another disk",
         )  # fmt: skip
+
+
+def check_not_read(path: str | os.PathLike[str], files: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise CheckpointError if ``path``, which is to be written, is one of the ``files`` that are read."""
+    if any(os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file) for file in files):
+        raise problem(os.fspath(path), "file", "a file that is read", "another file", "Choose another name")
 
 
 @contextlib.contextmanager

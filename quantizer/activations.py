@@ -1,7 +1,7 @@
 """What calibration knows of the inputs of a FLUX model's linears, and how it is collected: hooks on ComfyUI's modules.
 
-Statistics of all inputs fit into memory (0.8 GB for FLUX.1) and are collected in one run of the calibration. Matrices
-of second moments do not (53 GB), so they are collected for a few units at a time, in as many runs as that takes.
+Statistics of all inputs fit into memory (0.9 GB for FLUX.1) and are collected in one run of the calibration. Matrices
+of second moments do not (56 GB), so they are collected for a few units at a time, in as many runs as that takes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..loaders.write import Spec, safetensors_writer
 ROWS = 256  # of each input, kept to measure output errors on
 _MOMENT_ROWS = 1024  # of each call, at most, that count for second moments
 _SEED = 0x5D0
+_LEAST_IMPORTANCE = 0.01  # of a channel, relative to the mean: calibration has not seen everything
 
 OnStep = Callable[[int, int], None]
 """Called with (evaluations of the model done, evaluations in all)."""
@@ -57,6 +58,13 @@ class InputStatistics:
     amax: Tensor
     square: Tensor
     rows: Tensor
+
+    @property
+    def importance(self) -> Tensor | None:
+        """float32 [K]: how much errors of a channel's weights count; None where no channel was ever active."""
+        if not self.square.any():
+            return None
+        return self.square.clamp_min(_LEAST_IMPORTANCE * self.square.mean().item())
 
     def section(self, columns: slice) -> InputStatistics:
         return InputStatistics(self.amax[columns], self.square[columns], self.rows[:, columns])

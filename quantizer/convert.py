@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import layout
 from ..kernels.int4 import GROUP, W4A4
 from ..loaders import flux_names
 from ..loaders.flux_names import AWQSource, PlainSource, Source, W4A4Source
-from ..loaders.nunchaku import tensor_table
+from ..loaders.nunchaku import awq_leaves, swapped_halves, tensor_table, w4a4_leaves
 from ..loaders.safetensors_file import problem
 from ..loaders.weights import FluxConfig
 from ..loaders.write import Spec
@@ -88,12 +87,14 @@ def stored_names(unit: Unit, specs: dict[str, Spec]) -> list[str]:
 
 
 def input_sections(unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[slice]]:
-    """Stock W4A4 layer -> the sections of its input that are inputs of stored layers, of one unit.
+    """Quantized stock layer -> the sections of its input that are inputs of stored layers, of one unit.
 
-    shapes: stock tensor name -> shape. Empty for a unit without W4A4 layers.
+    shapes: stock tensor name -> shape. Empty for the layers that stay in 16 bits.
     """
     sections: dict[str, list[slice]] = {}
     for stock, source in unit.layers.items():
+        if isinstance(source, AWQSource):
+            sections[stock] = [slice(0, shapes[f"{stock}.weight"][1])]
         if isinstance(source, W4A4Source):
             found = [part.columns for part in _parts(stock, source, shapes[f"{stock}.weight"])]
             sections[stock] = [columns for index, columns in enumerate(found) if columns not in found[:index]]
@@ -105,7 +106,7 @@ def convert(
 ) -> tuple[dict[str, Tensor], list[Facts]]:
     """(stored name -> tensor, facts for the report) of one unit.
 
-    activations: of the inputs of the unit's W4A4 layers, None for calibration-free quantization. Raises CheckpointError
+    activations: of the inputs of the unit's layers, None for calibration-free quantization. Raises CheckpointError
     for weights that are not finite, or too large for the type of the file.
     """
     tensors: dict[str, Tensor] = {}
@@ -115,7 +116,7 @@ def convert(
             tensors |= _plain(model, stock, source, recipe.dtype)
     elif isinstance(next(iter(unit.layers.values())), AWQSource):
         ((stock, source),) = unit.layers.items()
-        tensors, facts = _awq(model, stock, source, recipe, device)
+        tensors, facts = _awq(model, stock, source, recipe, device, activations)
     else:
         for stored, found, fact in _w4a4(model, unit, recipe, device, activations):
             tensors |= {f"{stored}.{leaf}": tensor for leaf, tensor in found.items()}
@@ -135,27 +136,22 @@ def _plain(model: Model, stock: str, source: PlainSource, dtype: torch.dtype) ->
     tensors = {}
     for leaf in ("weight", "bias") if source.has_bias else ("weight",):
         tensor = model.tensor(f"{stock}.{leaf}")
-        tensor = torch.cat(tensor.chunk(2)[::-1]) if source.swap_halves else tensor
+        tensor = swapped_halves(tensor) if source.swap_halves else tensor
         tensors[f"{source.name}.{leaf}"] = tensor.to(dtype)
     return tensors
 
 
 def _awq(
-    model: Model, stock: str, source: AWQSource, recipe: Recipe, device: torch.device
+    model: Model, stock: str, source: AWQSource, recipe: Recipe, device: torch.device, activations: Activations | None
 ) -> tuple[dict[str, Tensor], list[Facts]]:
     started = time.monotonic()
-    weight = model.tensor(f"{stock}.weight").to(device)
-    bias = model.tensor(f"{stock}.bias").float().reshape(source.splits, -1).clone()
-    bias[1::3] += 1.0  # the scale chunks: 1 and 4 of six, 1 of three
-    quantized = solve.quantize_awq(weight, recipe.dtype)
-    packed = quantized.pack(source.splits)
-    leaves = {
-        "qweight": packed.qweight,
-        "wscales": packed.wscales,
-        "wzeros": packed.wzeros,
-        "bias": layout.interleave_rows(bias.reshape(-1), source.splits).to(recipe.dtype),
-    }
-    facts = measure.awq_quality(weight, quantized, source.name)
+    weight, bias = model.tensor(f"{stock}.weight").to(device), model.tensor(f"{stock}.bias")
+    statistics = None if activations is None else activations.inputs[stock].to(device, recipe.dtype)
+    importance = None if statistics is None else statistics.importance
+    hessian = None if importance is None else _moments(stock, 0, device, activations)
+    quantized = solve.quantize_awq(weight, recipe.dtype, importance, hessian)
+    leaves = awq_leaves(quantized.pack(source.splits), bias, recipe.dtype)
+    facts = measure.awq_quality(weight, quantized, source.name, None if statistics is None else statistics.rows)
     fact = _facts(source.name, stock, "w4a16", weight.shape, leaves, facts, started)
     return {f"{source.name}.{leaf}": tensor for leaf, tensor in leaves.items()}, [fact]
 
@@ -173,13 +169,14 @@ def _w4a4(
         members = [_member(part, weights[part.stock], recipe, device, activations) for part in sharing]
         found = find_smooth(members, recipe)
         for part, member in zip(sharing, members, strict=True):
+            moments = _moments(part.stock, part.columns.start, device, activations)
             try:
-                quantized, facts = _quantize(part, member, found, recipe, _moments(part, device, activations))
+                quantized, facts = _quantize(part, member, found, recipe, moments)
             except solve.OutOfRange:
                 _too_large(model, f"{part.stock}.weight", recipe.dtype)
             bias = model.tensor(f"{part.stock}.bias")[part.rows].to(device)
             bias = bias if part.has_bias else torch.zeros_like(bias)
-            leaves = _leaves(quantized, solve.shifted_bias(quantized, bias).to(recipe.dtype))
+            leaves = w4a4_leaves(quantized.pack(), solve.shifted_bias(quantized, bias).to(recipe.dtype))
             quality = measure.w4a4_quality(member.weight, quantized, part.stored, member.rows) | facts
             shape = member.weight.shape
             yield part.stored, leaves, _facts(part.stored, part.stock, "w4a4", shape, leaves, quality, started)
@@ -208,23 +205,11 @@ def _quantize(
     return quantized, found.facts | facts
 
 
-def _moments(part: _Part, device: torch.device, activations: Activations | None) -> Tensor | None:
+def _moments(stock: str, first: int, device: torch.device, activations: Activations | None) -> Tensor | None:
+    """Of the section of a layer's input that begins at column ``first``."""
     if activations is None or not activations.moments:
         return None
-    return activations.moments[part.stock, part.columns.start].to(device)
-
-
-def _leaves(quantized: W4A4, bias: Tensor) -> dict[str, Tensor]:
-    packed = quantized.pack()
-    return {
-        "qweight": packed.qweight,
-        "wscales": packed.wscales,
-        "smooth": packed.smooth_factor,
-        "smooth_orig": packed.smooth_factor,
-        "bias": layout.pack_vector(bias),
-        "lora_down": packed.proj_down,
-        "lora_up": packed.proj_up,
-    }
+    return activations.moments[stock, first].to(device)
 
 
 def _parts(stock: str, source: W4A4Source, shape: Sequence[int]) -> Iterator[_Part]:

@@ -27,14 +27,14 @@ from ..loaders.flux_names import LOW_RANK_LEAVES
 from ..loaders.metadata import merged_metadata
 from ..loaders.safetensors_file import TensorInfo, mapped_reader, problem, read_header
 from ..loaders.weights import CheckpointError, FluxConfig
-from ..loaders.write import Spec, check_target, safetensors_writer
+from ..loaders.write import Spec, check_not_read, check_target, safetensors_writer
 from . import activations, report
 from .activations import Activations, Calibration
 from .convert import Facts, Unit, convert, input_sections, specs_of, stored_names, units_of
 from .solve import WEIGHT_ONLY_BETA, Recipe
 from .source import Source
 
-ALGORITHM = 1  # part of every job's hash: raise it when the same settings give other bytes
+ALGORITHM = 2  # part of every job's hash: raise it when the same settings give other bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_RANK = 128
 _FACTS = "facts"
@@ -156,8 +156,7 @@ def _check(model: Source, out: Path, settings: Settings, calibration: Calibratio
     if settings.gptq and calibration is None:
         expected = "a calibration, which sees them"
         raise problem(str(out), "activations for gptq", "none", expected, "Calibrate, or leave gptq out")
-    if out.exists() and any(os.path.samefile(out, file) for file in model.files):
-        raise problem(str(out), "file", "the model that is read", "another file", "Choose another name")
+    check_not_read(out, model.files)
 
 
 def _elements(model: Source, unit: Unit) -> Iterator[int]:

@@ -53,15 +53,21 @@ def w4a4_quality(weight: Tensor, quantized: W4A4, name: str, rows: Tensor | None
     return quality
 
 
-def awq_quality(weight: Tensor, quantized: AWQ, name: str) -> dict[str, float | None]:
+def awq_quality(weight: Tensor, quantized: AWQ, name: str, rows: Tensor | None = None) -> dict[str, float | None]:
     """As :func:`w4a4_quality`, for a modulation layer: 16-bit activations."""
     dtype = quantized.wscales.dtype
-    x = probe(weight.shape[1], dtype, name).to(weight.device)
-    exact = x.float() @ weight.float().t()
-    return {
+
+    def output(x: Tensor) -> float | None:
+        exact = x.float() @ weight.float().t()
+        return decibel(ratio(reference.gemv_w4a16(x, quantized).float() - exact, exact))
+
+    quality = {
         "weight_sqnr_db": decibel(ratio(reference.dequantize_awq(quantized) - weight.float(), weight)),
-        "output_sqnr_db": decibel(ratio(reference.gemv_w4a16(x, quantized).float() - exact, exact)),
+        "output_sqnr_db": output(probe(weight.shape[1], dtype, name).to(weight.device)),
     }
+    if rows is not None:
+        quality["calibration_sqnr_db"] = output(rows.to(dtype))
+    return quality
 
 
 def histogram(values: Tensor) -> list[int]:

@@ -1,8 +1,9 @@
-"""Files of encoded prompts, so that calibration needs no text encoders where it runs.
+"""Prompts to calibrate on: the built-in list, texts, and files of encoded ones, which need no text encoders.
 
-A safetensors file: ``0.context`` [T, C] and ``0.pooled`` [P] are what the text encoders give for the first prompt,
-``1.context`` and so on for the others, each in bf16, fp16 or float32. The metadata ``svdq.conditioning`` is JSON:
-``{"version": 1, "guidance": [3.5, null, ...]}``, one number or null (the default) for each prompt.
+A file of encoded prompts is a safetensors file: ``0.context`` [T, C] and ``0.pooled`` [P] are what the text encoders
+give for the first prompt, ``1.context`` and so on for the others, each in bf16, fp16 or float32. The metadata
+``svdq.conditioning`` is JSON: ``{"version": 1, "guidance": [3.5, null, ...]}``, one number or null (the default) for
+each prompt.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..loaders.safetensors_file import mapped_reader, problem, read_header
 from ..loaders.write import Spec, safetensors_writer
 
 METADATA = "svdq.conditioning"
+BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
 _EXPECTED = "a file of encoded prompts"
 _REMEDY = "Make one with the node SVDQ Save Conditioning"
 _FLOATS = ("BF16", "F16", "F32")

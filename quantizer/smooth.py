@@ -20,7 +20,6 @@ ALPHAS = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
 BETAS = (0.0, 0.3, 0.6)
 RANKS = (16, 32, 48, 64, 96, 128)  # that are tried where an error is given instead
 _SEARCH_OUTPUTS = 1024  # of a layer, at most, that are computed for each pair of exponents
-_LEAST_IMPORTANCE = 0.01  # of a channel, relative to the mean: calibration has not seen everything
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,7 @@ class Member:
     @property
     def act_square(self) -> Tensor | None:
         """float32 [K]: importance of each channel; None where all count alike."""
-        if self.statistics is None or not self.statistics.square.any():
-            return None
-        return self.statistics.square.clamp_min(_LEAST_IMPORTANCE * self.statistics.square.mean().item())
+        return None if self.statistics is None else self.statistics.importance
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ _OVERSAMPLE = 16  # columns of the randomized SVD beyond the rank
 _POWER_ITERATIONS = 8
 _WARM_ITERATIONS = 1  # when it starts from the branch of the round before
 _SMOOTH_LIMIT = 64.0  # largest ratio of a smoothing factor to their geometric mean
-_DAMPING = 0.05  # GPTQ: added to the Hessian's diagonal, relative to its mean
+# GPTQ: added to the Hessian's diagonal, relative to its mean. Modulation layers see few and similar inputs.
+_DAMPING, _AWQ_DAMPING = 0.05, 0.5
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 24  # worked on at a time: within a CPU's cache, within a GPU's memory
 
 
@@ -245,39 +246,53 @@ def gptq(
     Channels that are never active get no say. inverse: :func:`inverse_factor` of the hessian, to save time. Raises
     ValueError if the hessian is not symmetric positive after damping.
     """
-    n, k = residual.shape
-    inverse = inverse_factor(hessian) if inverse is None else inverse
-    work = residual.clone()
-    codes = torch.empty(n, k, dtype=torch.int8, device=residual.device)
-    scales = torch.empty(n, k // GROUP, dtype=dtype, device=residual.device)
     importance = hessian.diagonal().float().clamp_min(0)
+
+    def choose(group: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        weight = importance[columns].reshape(1, GROUP)
+        scale = _best_scale(group[:, None], dtype, weight if weight.any() else None, ratios)[:, 0].float()
+        return scale, torch.zeros_like(scale)
+
+    inverse = inverse_factor(hessian) if inverse is None else inverse
+    codes, scales, _ = _with_feedback(residual, inverse, choose, -8, 7)
+    return codes, scales.to(dtype)
+
+
+def _with_feedback(
+    weight: Tensor, inverse: Tensor, choose: Callable[[Tensor, slice], tuple[Tensor, Tensor]], low: int, high: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes int8 [N, K] in low..high, scales, zeros float32 [N, G]) of weight float32 [N, K], column by column.
+
+    inverse: :func:`inverse_factor` · choose: (values [N, 64] of a group, its columns) -> (scale, zero), [N].
+    """
+    n, k = weight.shape
+    work = weight.clone()
+    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scales, zeros = (torch.empty(n, k // GROUP, device=weight.device) for _ in range(2))
     for start in range(0, k, GROUP):
         stop = start + GROUP
         group = work[:, start:stop]
-        weight = importance[start:stop].reshape(1, GROUP)
-        weight = weight if weight.any() else None
-        scale = _best_scale(group[:, None], dtype, weight, ratios)[:, 0]
-        scales[:, start // GROUP] = scale
-        step = scale.float()
+        scale, zero = choose(group, slice(start, stop))
+        scales[:, start // GROUP], zeros[:, start // GROUP] = scale, zero
         errors = torch.empty_like(group)
         for column in range(GROUP):
             value = group[:, column]
-            q = (value / step).round().clamp(-8, 7)
+            q = ((value - zero) / scale).round().clamp(low, high)
             codes[:, start + column] = q.to(torch.int8)
             at = start + column
-            errors[:, column] = (value - q * step) / inverse[at, at]
+            errors[:, column] = (value - (q * scale + zero)) / inverse[at, at]
             group[:, column + 1 :] -= errors[:, column, None] * inverse[at, at + 1 : stop]
         work[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return codes, scales
+    return codes, scales, zeros
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     """float32 [K, K], upper triangular U with U^T U = inverse of the damped hessian."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     dead = diagonal <= 0
     diagonal[dead] = 1.0
-    diagonal += _DAMPING * diagonal.mean()
+    diagonal += damping * diagonal.mean()
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed.item() or not lower.isfinite().all():
         raise ValueError("the Hessian is not positive definite")
@@ -357,37 +372,55 @@ def shifted_bias(quantized: W4A4, bias: Tensor) -> Tensor:
     return bias.float() - reference.dequantize_w4a4(quantized)[1]
 
 
-def quantize_awq(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> AWQ:
+def quantize_awq(
+    weight: Tensor, dtype: torch.dtype = torch.bfloat16, act_square: Tensor | None = None, hessian: Tensor | None = None
+) -> AWQ:
     """W4A16: codes 0..15 with the best scale and zero for each row and group of 64.
 
-    weight: [N, K], any float dtype. For each of several ranges around a group's middle the codes are found, then scale
-    and zero for these codes by linear regression; the best, rounded to T, gives the final codes. A group of one value
-    is its zero.
+    weight: [N, K], any float dtype · act_square: float32 [K], mean square of the activation, None for equal ones ·
+    hessian: [K, K], second moments of the activation: errors are spread as by :func:`gptq`. For each of several ranges
+    around a group's middle the codes are found, then scale and zero for these codes by linear regression; the best,
+    rounded to T, gives the final codes. A group of one value is its zero.
     """
     n, k = weight.shape
+    if hessian is not None:
+        inverse = inverse_factor(hessian, _AWQ_DAMPING)
+
+        def choose(group: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+            scale, zero = _best_line(group[:, None], dtype, group.new_ones(1, GROUP))
+            return scale[:, 0], zero[:, 0]
+
+        codes, scales, zeros = _with_feedback(weight.float(), inverse, choose, 0, 15)
+        return AWQ(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
+    importance = weight.new_ones(k // GROUP, GROUP, dtype=torch.float32)
+    if act_square is not None:
+        importance = act_square.float().reshape(k // GROUP, GROUP)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     scales, zeros = (torch.empty(n, k // GROUP, dtype=dtype, device=weight.device) for _ in range(2))
     for rows in _row_blocks(weight):
         values = weight[rows].float().reshape(-1, k // GROUP, GROUP)
-        scale, zero = _best_line(values, dtype)
+        scale, zero = _best_line(values, dtype, importance)
         codes[rows] = _nearest_awq(values, scale, zero).to(torch.uint8).reshape(-1, k)
         scales[rows], zeros[rows] = scale.to(dtype), zero.to(dtype)
     return AWQ(codes, scales, zeros)
 
 
-def _best_line(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale, zero), float32 [n, G] with values of T, for values [n, G, 64]."""
+def _best_line(values: Tensor, dtype: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero), float32 [n, G] with values of T, for values [n, G, 64] of ``importance`` [G, 64]."""
     low, high = values.aminmax(dim=-1)
-    middle, mean = (low + high) / 2, values.mean(dim=-1)
+    middle, total = (low + high) / 2, importance.sum(dim=-1)
+    mean = (values * importance).sum(dim=-1) / total
     best_scale, best_zero = torch.ones_like(middle), middle.to(dtype).float()
-    best_error = _error_awq(values, best_scale, best_zero)
+    best_error = _error_awq(values, best_scale, best_zero, importance)
     for part in _AWQ_RATIOS:
         scale = (high - low) * (part / 15)
         q = _nearest_awq(values, scale, middle - 7.5 * scale)
-        centred = q - q.mean(dim=-1, keepdim=True)
-        scale = ((centred * values).sum(dim=-1) / centred.square().sum(dim=-1)).to(dtype).float()
-        zero = (mean - scale * q.mean(dim=-1)).to(dtype).float()
-        error = _error_awq(values, scale, zero)
+        q_mean = (q * importance).sum(dim=-1) / total
+        centred = q - q_mean[..., None]
+        spread = (centred.square() * importance).sum(dim=-1)
+        scale = ((centred * values * importance).sum(dim=-1) / spread).to(dtype).float()
+        zero = (mean - scale * q_mean).to(dtype).float()
+        error = _error_awq(values, scale, zero, importance)
         better = (error < best_error) & (scale > 0) & scale.isfinite()
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
@@ -399,9 +432,9 @@ def _nearest_awq(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((values - zero[..., None]) / scale[..., None]).nan_to_num_(nan=0.0).round_().clamp_(0, 15)
 
 
-def _error_awq(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _error_awq(values: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> Tensor:
     q = _nearest_awq(values, scale, zero)
-    return (q.mul_(scale[..., None]).add_(zero[..., None]) - values).square_().sum(dim=-1)
+    return (q.mul_(scale[..., None]).add_(zero[..., None]) - values).square_().mul_(importance).sum(dim=-1)
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:

@@ -207,8 +207,11 @@ def _check(
     def info(key: str) -> TensorInfo:
         return tensors[key][1]
 
+    def theirs(stock: str) -> tuple[str, ...]:
+        return diffusers_names(stock) if diffusers else (stock,)
+
     def matrix(stock: str) -> tuple[int, int]:
-        name = _theirs(stock, diffusers)[0] if diffusers else stock
+        name = theirs(stock)[0]
         if name not in found:
             raise problem(path, name, "no such key", "the layer", _INCOMPLETE)
         shape = info(found[name]).shape
@@ -221,7 +224,7 @@ def _check(
         expected = f"a multiple of {layout.TILE_K}"
         raise problem(path, "img_in.weight", f"hidden size {hidden}", expected, "INT4 tiles need that")
     blocks = ("transformer_blocks", "single_transformer_blocks") if diffusers else ("double_blocks", "single_blocks")
-    guidance = _theirs("guidance_in.in_layer.weight", diffusers)[0] in found
+    guidance = theirs("guidance_in.in_layer.weight")[0] in found
     config = FluxConfig(
         hidden_size=hidden,
         depth=_count(found, blocks[0]),
@@ -235,7 +238,7 @@ def _check(
     shapes = stock_shapes(config)
     pieces: dict[str, tuple[tuple[str, str], ...]] = {}
     for stock, shape in shapes.items():
-        names = _theirs(stock, diffusers)
+        names = theirs(stock)
         missing = next((name for name in names if name not in found), None)
         if missing is not None:
             raise problem(path, missing, "no such key", f"all layers of {_described(config)}", _INCOMPLETE)
@@ -302,10 +305,8 @@ def stock_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _theirs(stock: str, diffusers: bool) -> tuple[str, ...]:
-    """Names in the file of the tensors whose rows make a stock tensor."""
-    if not diffusers:
-        return (stock,)
+def diffusers_names(stock: str) -> tuple[str, ...]:
+    """Names in diffusers' model of the tensors whose rows make a stock tensor."""
     module, _, leaf = stock.rpartition(".")
     block, _, rest = module.partition(".")
     if block in ("double_blocks", "single_blocks"):

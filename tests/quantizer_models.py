@@ -1,4 +1,5 @@
-"""A tiny FLUX model whose activations have outlier channels, as those of trained ones, and prompts for it."""
+"""Tiny FLUX models to quantize: with heavy-tailed weights; with outlier channels in activations, as trained ones have
+them, and prompts for it."""
 
 from __future__ import annotations
 
@@ -8,15 +9,29 @@ from typing import Any
 import torch
 from files import Tensors
 from safetensors.torch import save_file
-from test_quantizer import dense_model
+from test_quantizer_solve import heavy_tailed
 
+from svdq.loaders.weights import FluxConfig
 from svdq.quantizer.prompts import Prompt, write_prompts
+from svdq.quantizer.source import stock_shapes
 
 HIDDEN, CONTEXT, POOLED = 128, 64, 32
+REPORTED = ["out.safetensors", "out.safetensors.report.html", "out.safetensors.report.json"]
+FAST = {"iterations": 1, "rank": 16, "device": "cpu"}
+
+
+def dense_model() -> Tensors:
+    """A FLUX with heavy-tailed weights: hidden size 128, one double and one single block."""
+    tensors = {}
+    config = FluxConfig(HIDDEN, 1, 1, 64, 64, CONTEXT, POOLED, guidance_embed=True)
+    for seed, (name, shape) in enumerate(stock_shapes(config).items()):
+        tensor = heavy_tailed(*shape, seed) if len(shape) == 2 else 0.1 * heavy_tailed(1, shape[0], seed)[0]
+        tensors[name] = tensor.to(torch.bfloat16)
+    return tensors
 
 
 def outlier_model() -> Tensors:
-    """The model of test_quantizer.py with modulations that make some channels much larger than others, and always the
+    """The same model with modulations that make some channels much larger than others, and always the
     same ones, whatever the prompt."""
     tensors = dense_model()
     generator = torch.Generator().manual_seed(5)

@@ -224,7 +224,7 @@ def test_dequantize_refuses_to_replace(dev: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == b"mine"
     dequantize(dev, out, force=True)
     before = digest(dev)
-    with pytest.raises(CheckpointError, match="the checkpoint that is read"):
+    with pytest.raises(CheckpointError, match="a file that is read"):
         dequantize(dev, dev, force=True)
     assert digest(dev) == before and os.listdir(tmp_path) == [out.name]
 

@@ -16,14 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, find_comfyui
 from files import changed, read_all, write_raw
-from quantizer_models import prompts, save_prompts, save_source
-from test_quantizer import REPORTED
+from quantizer_models import REPORTED, prompts, save_prompts, save_source
 
 from svdq import cli
 from svdq.cli import UserError, quantize_calibrated
 from svdq.cli import quantize as command
 from svdq.loaders import CheckpointError, open_checkpoint
-from svdq.quantizer.prompts import METADATA, Prompt, read_lines, read_prompts, write_prompts
+from svdq.quantizer.prompts import BUILTIN_PROMPTS, METADATA, Prompt, read_lines, read_prompts, write_prompts
 
 OPTIONS = ("--rank", "16", "--iterations", "1", "--size", "64x64", "--steps", "2", "--device", "cpu")
 
@@ -135,6 +134,22 @@ def test_mistakes_are_found_before_comfyui_starts(files: tuple[Path, Path], tmp_
     assert sorted(os.listdir(tmp_path)) == ["latin.txt"]
 
 
+def test_built_in_prompts(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """32 different ones, short and long, are what is used where nothing else is asked for"""
+    source, encoded = files
+    out = tmp_path / "out.safetensors"
+    lines = read_lines(BUILTIN_PROMPTS)
+    assert len(set(lines)) == len(lines) == 32
+    lengths = sorted(len(line.split()) for line in lines)
+    assert lengths[0] < 5 and lengths[-1] > 50
+    for argv in ((), ("--prompts", "builtin"), ("--gptq",)):
+        assert quantize_calibrated.job_of(arguments(source, out, *argv)).prompts == tuple(lines)
+    assert quantize_calibrated.job_of(arguments(source, out, "--conditioning", encoded)).prompts == ()
+    own = tmp_path / "builtin"
+    own.write_text("mine")
+    assert quantize_calibrated.job_of(arguments(source, out, "--prompts", own)).prompts == ("mine",)
+
+
 def test_prompt_for_texts(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Each text is encoded once, and all of them arrive in their order"""
     text = tmp_path / "prompts.txt"
@@ -156,7 +171,7 @@ def test_prompt_for_texts(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert texts(quantize["conditioning"]) == list(job.prompts)
     assert sum(node["class_type"] == "CLIPTextEncode" for node in prompt.values()) == 5
     info["DualCLIPLoader"]["input"]["required"]["clip_name2"] = ["COMBO", {"options": ["umt5.safetensors"]}]
-    with pytest.raises(UserError, match=r"no t5xxl\* found for --prompts: .*--conditioning"):
+    with pytest.raises(UserError, match=r"no t5xxl\* found to encode prompts: .*--conditioning"):
         quantize_calibrated.make_prompt(job, "given/m.safetensors", None, info)
 
 

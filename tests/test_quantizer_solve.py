@@ -252,6 +252,21 @@ def test_awq_is_better_than_the_original_symmetric_rounding(weight: Tensor) -> N
     assert errors[0] < 0.75 * errors[1], "measured: 0.67"
 
 
+def test_awq_for_known_activations(weight: Tensor) -> None:
+    """Outputs for inputs that were not seen: as the inputs of modulations, they vary along few dimensions"""
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.randn(24, K, generator=generator) * (0.5 * torch.randn(K, generator=generator)).exp()
+    seen, unseen = (torch.nn.functional.silu(torch.randn(count, 24, generator=generator) @ directions / 2)
+                    for count in (128, 256))  # fmt: skip
+    square, moments = seen.square().mean(dim=0), seen.t() @ seen / len(seen)
+    found = [
+        -10 * math.log10(solve.ratio(unseen @ (reference.dequantize_awq(awq) - weight).t(), unseen @ weight.t()))
+        for awq in (solve.quantize_awq(weight), solve.quantize_awq(weight, act_square=square),
+                    solve.quantize_awq(weight, act_square=square, hessian=moments))
+    ]  # fmt: skip
+    assert found[1] > found[0] + 0.5 and found[2] > found[1] + 3, f"measured: 20.0, 20.7, 24.1; now {found}"
+
+
 def test_probes_are_always_the_same() -> None:
     first = measure.probe(K, torch.bfloat16, "a")
     torch.manual_seed(9)
