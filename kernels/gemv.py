@@ -25,7 +25,7 @@ from .int4_block import mma_16bit
 MAX_ROWS = 8
 ROWS = 16  # stored rows of a thread block
 WARPS = 4
-UNROLL = 4  # groups that a warp has under way
+UNROLL = 3  # groups that a warp has under way
 
 
 @gluon.jit
