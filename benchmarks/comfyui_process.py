@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 
-def start_comfyui(folder: str, options: list[str]) -> bool:
+def start_comfyui(folder: str, options: list[str], prepare: Callable[[], None] = lambda: None) -> bool:
     """Make the ComfyUI in ``folder`` importable, with its command line options; whether it has dynamic VRAM then.
 
-    The order of imports and calls is that of main.py, where dynamic VRAM has to be set up before torch.
+    The order of imports and calls is that of main.py, where dynamic VRAM and torch's allocator have to be set up before
+    torch is imported. ``prepare`` is called when torch may be, and before ComfyUI looks at the GPU.
     """
     sys.path.insert(0, folder)
     sys.argv = ["main.py", *options]
@@ -20,6 +22,9 @@ def start_comfyui(folder: str, options: list[str]) -> bool:
 
     if enables_dynamic_vram():
         comfy_aimdo.control.init()
+    import cuda_malloc  # noqa: F401  chooses the allocator
+
+    prepare()
     import comfy.memory_management
     import comfy.model_management as management
     import comfy.model_patcher
@@ -31,3 +36,16 @@ def start_comfyui(folder: str, options: list[str]) -> bool:
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
     return bool(dynamic)
+
+
+def finish_node() -> None:
+    """What ComfyUI's executor does after each node."""
+    import comfy.memory_management
+    import comfy.model_management as management
+    import comfy.model_prefetch
+    import comfy_aimdo.model_vbar
+
+    if comfy.memory_management.aimdo_enabled:
+        management.reset_cast_buffers()
+        comfy.model_prefetch.cleanup_prefetch_queues()
+        comfy_aimdo.model_vbar.vbars_reset_watermark_limits()

@@ -61,14 +61,14 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
     if peer.needs and importlib.util.find_spec(peer.needs) is None:
         raise RuntimeError(f"{peer.needs} is not installed")
     before, start = allocated(), time.perf_counter()
-    patcher = load_flux(args.file, "auto" if peer.linear is None else "16bit")
+    patcher = load_flux(args.file, "auto" if peer.linear is None else "16bit", peer.weights)
     management.load_models_gpu([patcher])
     synchronize()
     load_s = time.perf_counter() - start
     rows = []
     try:
         options = become(peer, patcher.model.diffusion_model)
-        weights = (allocated() - before) / 2**30
+        weights, loaded = allocated() - before, patcher.loaded_size()
         for size in map(int, args.sizes.split(",")):
             with without_low_rank(peer), torch.inference_mode():
                 row, out = measure(patcher, size, args.batch, options)
@@ -78,7 +78,9 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
                 reference[size] = out
             elif size in reference and not peer.rank0:
                 row["distance"] = round(((out - reference[size]).norm() / reference[size].norm()).item(), 4)
-            rows.append({"weights_gib": round(weights, 2), "load_s": round(load_s, 2), **row})
+            # What is kept of weights is made in the first step.
+            kept = patcher.loaded_size() - loaded if peer.weights != "int4" else 0
+            rows.append({"weights_gib": round((weights + kept) / 2**30, 2), "load_s": round(load_s, 2), **row})
     finally:
         management.unload_all_models()
         del patcher
@@ -90,8 +92,12 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
 
 
 def measure_lora(patcher, size: int, batch: int) -> dict:
-    """A LoRA of rank 16 on every quantized linear, through ComfyUI's own functions: seconds from the change to the end
-    of the first step (add_s, strength_s, remove_s), less a step as it is later on, and that one in ms (lora_ms)."""
+    """A LoRA of rank 16 on every quantized linear, through ComfyUI's own functions: seconds that adding it, another
+    strength and removing it take (add_s, strength_s, remove_s), and a step with it in ms (lora_ms).
+
+    A change is loading the model with it and three steps, after which all graphs are as they will be, less the same
+    without a change.
+    """
     import comfy.model_management as management
     import comfy.sd
     import torch
@@ -99,31 +105,37 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
 
     lora, values = random_lora(patcher.model.diffusion_model, rank=16), inputs(patcher, size, batch)
 
-    def run(model) -> float:
-        synchronize()
+    def step(model) -> float:
         start = time.perf_counter()
-        management.load_models_gpu([model])
         model.model.diffusion_model(**values)
         synchronize()
         return time.perf_counter() - start
 
+    def run(make) -> tuple[float, object]:
+        synchronize()
+        start = time.perf_counter()
+        model = make()
+        management.load_models_gpu([model])
+        for _ in range(3):
+            step(model)
+        return time.perf_counter() - start, model
+
     def settled(model) -> float:
-        return statistics.median([run(model) for _ in range(STEPS)][3:])
+        return statistics.median(run(lambda: model)[0] for _ in range(3))
 
     def with_lora(strength: float):
         return comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)[0]
 
-    plain, start = settled(patcher), time.perf_counter()
-    patched = with_lora(1.0)
-    added = time.perf_counter() - start + run(patched)
-    later, start = settled(patched), time.perf_counter()
-    stronger = with_lora(0.5)
-    changed = time.perf_counter() - start + run(stronger)
-    removed = run(patcher)
+    plain = settled(patcher)
+    added, patched = run(lambda: with_lora(1.0))
+    later = settled(patched)
+    lora_ms = statistics.median(step(patched) for _ in range(STEPS)) * 1e3
+    changed, stronger = run(lambda: with_lora(0.5))
+    removed, _ = run(lambda: patcher)
     del patched, stronger
     torch.cuda.empty_cache() if torch.cuda.is_available() else None
     seconds = {"add_s": added - later, "strength_s": changed - later, "remove_s": removed - plain}
-    return {name: round(value, 3) for name, value in seconds.items()} | {"lora_ms": round(later * 1e3, 2)}
+    return {name: round(value, 3) for name, value in seconds.items()} | {"lora_ms": round(lora_ms, 2)}
 
 
 def inputs(patcher, size: int, batch: int) -> dict:

@@ -21,12 +21,13 @@ Make = Callable[[Tensor, Tensor | None], nn.Module]
 @dataclass(frozen=True)
 class Peer:
     """label: for a table · linear: returns what makes a linear of dense weight and bias, or None for our own model ·
-    compiled: whether it goes through torch.compile, others block by block · cudnn: attention by cuDNN's kernel ·
-    rank0: our model without its low-rank branches, for what these cost (its output is wrong) · lora: whether changes
-    of a LoRA are measured too · needs: a package."""
+    weights: what our own model keeps in VRAM, as load_flux takes it · compiled: whether it goes through torch.compile,
+    others block by block · cudnn: attention by cuDNN's kernel · rank0: our model without its low-rank branches, for
+    what these cost (its output is wrong) · lora: whether changes of a LoRA are measured too · needs: a package."""
 
     label: str
     linear: Callable[[], Make] | None = None
+    weights: str = "int4"
     compiled: bool = False
     cudnn: bool = False
     rank0: bool = False
@@ -98,6 +99,7 @@ _ROTATED = {"convrot": True, "convrot_groupsize": 256}
 PEERS = {
     "bf16": Peer("ComfyUI bf16", _bf16),
     "ours": Peer("this pack"),
+    "ours-int8": Peer("this pack, INT8 weights kept", weights="int8"),
     "ours-lora": Peer("this pack, LoRA", lora=True),
     "ours-rank0": Peer("this pack without the low-rank branch", rank0=True),
     "bf16-cudnn": Peer("ComfyUI bf16, cuDNN attention", _bf16, cudnn=True),

@@ -154,7 +154,7 @@ def measured(job: Job, card, copy: float) -> str:
         right &= job.kind == "expand" or torch.equal(got.sums, sums)
         problems = "right" if right else f"WRONG {(got.q != q).sum().item()}"
         calls = [
-            partial(expand_w4_to_int8, layer.pack(), torch.empty_like(layer.q), **shape_of(job))
+            partial(expand_w4_to_int8, layer.pack(), expand_w4_to_int8(packed), **shape_of(job))
             for _ in measure.rotating(int, int(moved), card)
         ]
     else:

@@ -20,8 +20,8 @@ from . import ROOT, UserError
 from .comfy_server import has_accelerator
 from .environment import comfyui_path
 
-PEERS = ("bf16", "ours", "ours-lora", "ours-rank0", "bf16-cudnn", "fp8", "int8", "int4", "nf4", "bf16-compile",
-         "ours-compile", "fp8-compile")  # fmt: skip
+PEERS = ("bf16", "ours", "ours-int8", "ours-lora", "ours-rank0", "bf16-cudnn", "fp8", "int8", "int4", "nf4",
+         "bf16-compile", "ours-compile", "fp8-compile")  # fmt: skip
 COLUMNS = ("run", "label", "size", "batch", "wall_ms", "spread_ms", "host_ms", "gpu_ms", "kernels", "weights_gib",
            "peak_gib", "load_s", "first_s", "distance",
            "product_ms", "attention_ms", "quantize_ms", "expand_ms", "other_ms", "add_s", "strength_s", "remove_s",
@@ -29,13 +29,13 @@ COLUMNS = ("run", "label", "size", "batch", "wall_ms", "spread_ms", "host_ms", "
 _RUNS = (  # name, peers (None: all that were asked for), ComfyUI's options
     ("cold", ("ours",), ("--disable-dynamic-vram",)),
     ("static", None, ("--disable-dynamic-vram",)),
-    ("dynamic", ("bf16", "ours"), ("--enable-dynamic-vram",)),
+    ("dynamic", ("bf16", "ours", "ours-int8"), ("--enable-dynamic-vram",)),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench flux``."""
-    parser.add_argument("--model", type=Path, metavar="FILE", help="flux: checkpoint (default: a full-size random one)")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="flux: INT4 (default: random); quality: 16-bit")
     parser.add_argument("--sizes", default="1024,512", help="flux: image sizes in pixels (default: 1024,512)")
     parser.add_argument("--batch", type=int, default=1, help="flux: images at once (default: 1)")
     parser.add_argument("--peers", default=",".join(PEERS), help="flux: what to measure (default: all)")
@@ -51,9 +51,7 @@ def rows(args: argparse.Namespace, update: Callable[[str], None]) -> Iterator[di
     unknown = [name for name in peers if name not in PEERS]
     if unknown:
         raise UserError(f"--peers {unknown[0]} is not known; choose from {','.join(PEERS)}")
-    comfyui = comfyui_path()
-    if not (comfyui / "main.py").is_file():
-        raise UserError(f"there is no ComfyUI in {comfyui}; name yours in COMFYUI_PATH, or run: python3 . demo")
+    comfyui = installed_comfyui()
     with _model(args.model, update) as model, tempfile.TemporaryDirectory() as cache:
         environ = os.environ | {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
         gpu = has_accelerator()
@@ -64,7 +62,17 @@ def rows(args: argparse.Namespace, update: Callable[[str], None]) -> Iterator[di
                 command = [sys.executable, str(ROOT / "benchmarks" / "flux.py"), str(comfyui), str(model)]
                 command += ["--peers", ",".join(wanted), "--batch", str(args.batch)]
                 command += ["--sizes", sizes[0] if run == "cold" else args.sizes, "--", *options]
-                yield from ({"run": run, **row} for row in _measure(command, environ, update))
+                for row in script_rows(command, environ):
+                    update(f"{row['label']}: {row.get('wall_ms', 'failed')}")
+                    yield {"run": run, **row}
+
+
+def installed_comfyui() -> Path:
+    """The ComfyUI to measure in. Raises UserError if there is none."""
+    comfyui = comfyui_path()
+    if not (comfyui / "main.py").is_file():
+        raise UserError(f"there is no ComfyUI in {comfyui}; name yours in COMFYUI_PATH, or run: python3 . demo")
+    return comfyui
 
 
 @contextmanager
@@ -84,15 +92,14 @@ def _model(path: Path | None, update: Callable[[str], None]) -> Iterator[Path]:
         yield made
 
 
-def _measure(command: list[str], environ: dict[str, str], update: Callable[[str], None]) -> Iterator[dict]:
+def script_rows(command: list[str], environ: dict[str, str] | None = None) -> Iterator[dict]:
+    """What a script of benchmarks/ prints as "ROW {json}", as it comes. Raises UserError if the script fails."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environ)
         try:
             for line in process.stdout:
                 if line.startswith("ROW "):
-                    row = json.loads(line[4:])
-                    update(f"{row['label']}: {row.get('wall_ms', 'failed')}")
-                    yield row
+                    yield json.loads(line[4:])
             code = process.wait()
         finally:
             process.kill()

@@ -21,11 +21,10 @@ from .gemm_int8 import gemm_w8a8
 from .gemm_quantize import gemm_gelu_quantize
 from .gemv import MAX_ROWS, gemv_w4a16
 from .int4 import MAX_RANK, PackedAWQ, PackedW4A4
+from .kept_int8 import factor_bytes, factors_of, keep, kept_bytes, weight_of
 from .layout import concat_lowrank
-from .low_rank import natural_factors
 from .quantize import Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
-from .weights_int8 import expand_w4_to_int8
 
 
 class Layers(ABC):
@@ -35,6 +34,7 @@ class Layers(ABC):
     modulation = Modulation
     device_type = "cuda"
     max_rank: int | None = None  # of a low-rank branch
+    max_awq_rows = MAX_ROWS  # of linear_awq
 
     @abstractmethod
     def quantize(self, x: Tensor, part: PackedW4A4, modulation: Modulation | None = None) -> Any:
@@ -73,6 +73,20 @@ class Layers(ABC):
     @abstractmethod
     def gelu_input(self, x: Any, part: PackedW4A4, bias: Tensor | None, following: PackedW4A4) -> Any:
         """GELU(x @ part + bias) as the input of the layer ``following``."""
+
+    def kept_bytes(self, part: PackedW4A4) -> int:
+        """Bytes of memory in which ``keep`` puts what kernels otherwise make of a part each time, or 0."""
+        return 0
+
+    def factor_bytes(self, part: PackedW4A4) -> int:
+        """Bytes of memory that ``keep`` needs besides for a part that LoRAs have added to."""
+        return 0
+
+    def keep(
+        self, part: PackedW4A4, stored: PackedW4A4, memory: Tensor, fill: bool, lora_memory: Tensor
+    ) -> PackedW4A4:
+        """``part`` as other methods take it, faster, with the same results; see :func:`kernels.kept_int8.keep`."""
+        return part
 
     def linear_parts_w4a4(self, x: Tensor, parts: tuple[PackedW4A4, ...], axis: int, bias: Tensor | None) -> Tensor:
         """A whole linear on x T [M, K], as :func:`kernels.reference.linear_parts_w4a4`; bias [N] or None (the stored).
@@ -133,15 +147,15 @@ class Int8Input:
 
 
 class Int8Layers(Layers):
-    """INT8 activations with one scale per token; weights are expanded to INT8 just before each product."""
+    """INT8 activations with one scale per token; weights are expanded to INT8 just before each product, or kept so."""
 
     def quantize(self, x, part, modulation=None):
-        proj_down, proj_up = natural_factors(part)
+        proj_down, proj_up = factors_of(part)
         scale, shift = (None, None) if modulation is None else (modulation.scale, modulation.shift)
         return Int8Input(*quantize_act_int8(x, part, proj_down, scale, shift), proj_up)
 
     def _quantize_once(self, x, parts, modulation):
-        downs, ups = zip(*(natural_factors(part) for part in parts), strict=True)
+        downs, ups = zip(*(factors_of(part) for part in parts), strict=True)
         scale, shift = (None, None) if modulation is None else (modulation.scale, modulation.shift)
         codes, scales, lora_act = quantize_act_int8(x, parts[0], torch.cat(downs), scale, shift)
         return tuple(
@@ -149,7 +163,7 @@ class Int8Layers(Layers):
         )
 
     def multiply(self, x, part, bias, after=None, out=None):
-        weight = expand_w4_to_int8(part)
+        weight = weight_of(part)
         return gemm_w8a8(x.codes, x.scales, x.lora_act, weight, x.proj_up, bias, after=after, out=out)
 
     def multiply_sum(self, first, first_part, second, second_part, bias, after=None, out=None):
@@ -159,7 +173,7 @@ class Int8Layers(Layers):
             return self.multiply(second, second_part, None, After(gate=after.gate, residual=y), y)
         lora_act = torch.cat((first.lora_act, second.lora_act), dim=1)
         proj_up = torch.cat((first.proj_up, second.proj_up), dim=1)
-        weight, weight2 = expand_w4_to_int8(first_part), expand_w4_to_int8(second_part)
+        weight, weight2 = weight_of(first_part), weight_of(second_part)
         return gemm_w8a8(
             first.codes, first.scales, lora_act, weight, proj_up, bias, after=after, out=out,
             second=(second.codes, second.scales, weight2),
@@ -167,6 +181,15 @@ class Int8Layers(Layers):
 
     def gelu_input(self, x, part, bias, following):
         return self.quantize(self.multiply(x, part, bias, After(gelu=True)), following)
+
+    def kept_bytes(self, part):
+        return kept_bytes(part)
+
+    def factor_bytes(self, part):
+        return factor_bytes(part)
+
+    def keep(self, part, stored, memory, fill, lora_memory):
+        return keep(part, stored, memory, fill, lora_memory)
 
 
 def _split(lora_act: Tensor, parts: tuple[PackedW4A4, ...]) -> tuple[Tensor, ...]:

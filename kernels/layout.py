@@ -173,3 +173,11 @@ def concat_lowrank(*factors: Tensor) -> Tensor:
     rows = factors[0].shape[0]
     tiles = [factor.reshape(rows // 16, factor.shape[1] // 16, 256) for factor in factors]  # by rows, then by ranks
     return torch.cat(tiles, dim=1).reshape(rows, sum(factor.shape[1] for factor in factors))
+
+
+def replace_lowrank(whole: Tensor, start: int, factor: Tensor) -> None:
+    """Replace the ranks from ``start`` on of a packed low-rank factor [rows, R], in place, by those of ``factor``
+    [rows, R - start], packed: the inverse of taking it apart where :func:`concat_lowrank` put it together."""
+    rows, ranks = factor.shape
+    tiles = whole.view(rows // 16, whole.shape[1] // 16, 256)
+    tiles[:, start // 16 :].copy_(factor.reshape(rows // 16, ranks // 16, 256))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .epilogue import require
 from .int4 import PackedW4A4
 
 
@@ -34,17 +35,20 @@ def _factors_kernel(down_ptr, up_ptr, down_out_ptr, up_out_ptr, K, N, R, stride_
     tl.store(up_out_ptr + n * stride_up + r, tl.load(up_ptr + place, mask=mask), mask=mask)
 
 
-def natural_factors(weight: PackedW4A4, proj_up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def natural_factors(
+    weight: PackedW4A4, proj_down: Tensor | None = None, proj_up: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(proj_down T, nominal [R, K], in operand order, proj_up T [N, R] in natural order) of a weight.
 
     Those of more ranks are ``torch.cat`` of these, along axis 0 and 1.
 
-    proj_up: where to write it, [N, R] with contiguous rows, may be columns of a wider tensor.
+    proj_down, proj_up: where to write them; rows of proj_up may be apart, columns of a wider tensor.
     """
     n, k, rank = weight.n, weight.k, weight.rank
     device, dtype = weight.proj_down.device, weight.proj_down.dtype
-    down = torch.empty(rank, k, dtype=dtype, device=device)
+    down = torch.empty(rank, k, dtype=dtype, device=device) if proj_down is None else proj_down
     up = torch.empty(n, rank, dtype=dtype, device=device) if proj_up is None else proj_up
+    require("proj_down", down, (rank, k), dtype)
     if up.shape != (n, rank) or up.dtype != dtype or up.stride(1) != 1:
         found = f"{up.dtype} {tuple(up.shape)}, strides {up.stride()}"
         raise ValueError(f"proj_up is {found}; expected {dtype} {(n, rank)} with contiguous rows")

@@ -169,26 +169,30 @@ def _codes(words, ratios, W: gl.constexpr):
     )
 
 
-def expand_w4_to_int8(weight: PackedW4A4, out: Tensor | None = None, shape: tuple[int, int, int] = SHAPE) -> W8:
+def expand_w4_to_int8(weight: PackedW4A4, out: W8 | None = None, shape: tuple[int, int, int] = SHAPE) -> W8:
     """As :func:`kernels.reference.expand_w4_to_int8`, from file order to natural row-major.
 
-    out: int8 [N, K] to write q into, or None · shape: (rows of a block: 4, 8 or 16; warps; steps loaded at a time), for
+    out: what to write to, or None · shape: (rows of a block: 4, 8 or 16; warps; steps loaded at a time), for
     benchmarks. ``sums`` is filled only where the layer takes unsigned activation codes.
     """
     n, k = weight.n, weight.k
-    device = weight.qweight.device
-    q = torch.empty(n, k, dtype=torch.int8, device=device) if out is None else out
-    require("out", q, (n, k), torch.int8)
-    scales = torch.empty(n, dtype=torch.float32, device=device)
-    sums = torch.empty(n, dtype=torch.int32, device=device) if weight.act_unsigned else scales.view(torch.int32)
+    if out is None:
+        device = weight.qweight.device
+        q = torch.empty(n, k, dtype=torch.int8, device=device)
+        scales = torch.empty(n, dtype=torch.float32, device=device)
+        sums = torch.empty(n, dtype=torch.int32, device=device) if weight.act_unsigned else scales.view(torch.int32)
+        out = W8(q, scales, sums, weight.act_unsigned)
+    require("out.q", out.q, (n, k), torch.int8)
+    require("out.scales", out.scales, (n,), torch.float32)
+    require("out.sums", out.sums, (n,), torch.int32)
     rows, warps, batch = shape
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(out.q):
         expand_kernel[(n // rows,)](
             words_ptr=weight.qweight.view(torch.int32),
             wscales_ptr=weight.wscales,
-            q_ptr=q.view(torch.int32),
-            scales_ptr=scales,
-            sums_ptr=sums,
+            q_ptr=out.q.view(torch.int32),
+            scales_ptr=out.scales,
+            sums_ptr=out.sums,
             G=k // GROUP,
             SUMS=weight.act_unsigned,
             NR=rows // 2,
@@ -197,4 +201,4 @@ def expand_w4_to_int8(weight: PackedW4A4, out: Tensor | None = None, shape: tupl
             STEPS=triton.next_power_of_2(triton.cdiv(k // GROUP, 16 // rows * warps)),
             num_warps=warps,
         )
-    return W8(q, scales, sums, weight.act_unsigned)
+    return out

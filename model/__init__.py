@@ -1,5 +1,10 @@
 """What lives inside ComfyUI's FLUX model. ``load_flux`` is the way in."""
 
-from .load import load_flux
+from .core_names import require
 
-__all__ = ["load_flux"]
+require()  # before what would fail in less clear ways
+
+from .kept_weights import WEIGHTS  # noqa: E402
+from .load import load_flux  # noqa: E402
+
+__all__ = ["WEIGHTS", "load_flux"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import Backend
-from ..kernels.int4 import PackedW4A4
+from ..kernels.int4 import PackedAWQ, PackedW4A4
 from .graphs import BlockGraphs
-from .ops import QuantizedLinear, resident
+from .kept_weights import KeptWeights
+from .layout_svdq import SVDQAwqLayout, packed_awq
+from .ops import Held, QuantizedLinear, is_quantized
+from .slots import resident, unpin
 
 HEAD = 128
 _STOCK_ATTENTION = comfy.ldm.flux.math.attention  # other packs put their own in its place
@@ -58,31 +62,46 @@ class Rotary:
 class _Weights:
     """The weights of a block on the device of x.
 
-    Those that are there are held while ``stack`` is open. Core brings the others one at a time, so that each is there
-    only while it is used.
+    Those that are there are held until ``pins`` are given back. Core brings the others one at a time, so that each is
+    there only while it is used.
     """
 
-    def __init__(self, block: _Fused, x: Tensor, stack: contextlib.ExitStack):
+    def __init__(self, block: _Fused, x: Tensor, pins: list[Any]):
         comfy.ops.run_every_op()
-        self._x = x
-        self._linears: dict[str, QuantizedLinear] = {name: block.get_submodule(name) for name in block.linears}
-        self._held: dict[str, tuple[tuple[PackedW4A4, ...], Tensor | None]] = {}
+        self._x, device, dtype = x, x.device, x.dtype
+        self._linears = block._parts.linears
+        held: dict[str, Held] = {}
         for name, linear in self._linears.items():
-            there = stack.enter_context(resident(linear, x.device))
+            there = resident(linear, device, pins)
             if there is not None:
-                self._held[name] = (linear.parts(there[0], x), there[1])
+                held[name] = linear.hold(*there, x)
+        self.resident = len(held) == len(self._linears)
+        kept = block.kept.keep(block, held, device, pins) if self.resident else ()
+        self._held = {name: (linear.kept if kept else linear.parts, linear.bias) for name, linear in held.items()}
+        places: list[Any] = [kept, *[linear.places for linear in held.values()]]
         self.norms: dict[str, Tensor] = {}
-        self.resident = len(self._held) == len(self._linears)
-        for name in block.norms:
-            norm = block.get_submodule(name)
-            there = stack.enter_context(resident(norm, x.device))
-            if there is not None and there[0].dtype == x.dtype:
+        for name, norm in block._parts.norms.items():
+            there = resident(norm, device, pins)
+            if there is not None and there[0].dtype == dtype:
                 self.norms[name] = there[0]
+                places.append(there[0].data_ptr())
             else:
                 self.resident = False
                 weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
                 self.norms[name] = weight.clone()
                 comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+        self._layers = block.layers
+        self._modulations = [_hold_awq(linear, device, dtype, pins) for linear in block._parts.modulations]
+        self.modulates = bool(self._modulations) and None not in self._modulations
+        if self.modulates:
+            places += [(weight.qweight.data_ptr(), 0 if b is None else b.data_ptr()) for weight, b in self._modulations]
+        # What a CUDA graph of the block has recorded of its weights, if all of them are resident.
+        self.places = tuple(places)
+
+    def modulate(self, vec: Tensor) -> tuple[Tensor, ...]:
+        """What the block's modulation layers make of vec T [B, hidden], if ``modulates``."""
+        vec = nn.functional.silu(vec)
+        return tuple(self._layers.linear_awq(vec, weight, bias) for weight, bias in self._modulations)
 
     @contextlib.contextmanager
     def use(self, name: str, copied: bool = False) -> Iterator[tuple[tuple[PackedW4A4, ...], Tensor | None]]:
@@ -101,19 +120,50 @@ class _Weights:
             bias = None if bias is None else bias.clone()
         yield parts, bias
 
-    def places(self) -> tuple[int, ...]:
-        """What a CUDA graph of the block has recorded of its weights, all of them being resident: where they are, and
-        ranks, which LoRAs change."""
-        found = [norm.data_ptr() for norm in self.norms.values()]
-        for parts, bias in self._held.values():
-            for part in parts:
-                found += (part.qweight.data_ptr(), part.proj_down.data_ptr(), part.proj_up.data_ptr(), part.rank)
-            found.append(0 if bias is None else bias.data_ptr())
-        return tuple(found)
+
+def _hold_awq(
+    linear: QuantizedLinear, device: torch.device, dtype: torch.dtype, pins: list[Any]
+) -> tuple[PackedAWQ, Tensor | None] | None:
+    """Weight and bias of a modulation layer for kernels with activations of ``dtype``, if they stay on ``device`` (see
+    :func:`slots.resident`), and nobody changes them, watches or takes the place of ``forward``."""
+    weight = linear.weight
+    if (
+        not is_quantized(weight)
+        or weight._layout_cls != SVDQAwqLayout.__name__
+        or weight._params.scale.dtype != dtype
+        or not (linear.slots["weight"].empty and linear.slots["bias"].empty)
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or _is_replaced(linear)
+    ):
+        return None
+    there = resident(linear, device, pins)
+    return None if there is None else (packed_awq(there[0]._qdata, there[0]._params), there[1])
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether something else is called instead of a module; ComfyUI's bypass LoRA puts ``forward`` back on it."""
+    return getattr(module.forward, "__func__", None) is not type(module).forward
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of a block, without itself, or it would keep its memory until the garbage collector comes.
+
+    tree: all of them, as (children of a module, name, child) · watched: those that nobody may have hooked anything to ·
+    linears, norms: those that fused kernels take the place of · modulations: linears of which they may; none if one is
+    not ours.
+    """
+
+    tree: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]
+    watched: list[nn.Module]
+    linears: dict[str, QuantizedLinear]
+    norms: dict[str, nn.Module]
+    modulations: list[QuantizedLinear]
 
 
 class _Fused:
-    """What both kinds of blocks share. Set by :func:`fuse_blocks`: layers (kernels.layers.Layers), rotary, graphs.
+    """What both kinds of blocks share. :func:`fuse_blocks` sets layers (kernels.layers.Layers), rotary, graphs, kept.
 
     torch.compile leaves a whole block out and compiles what is around it. As an operator, a block could return neither
     its inputs nor the tensors of its graph: every block would copy its streams, 2 % of a step on an H200.
@@ -122,9 +172,11 @@ class _Fused:
     layers: Any
     rotary: Rotary
     graphs: BlockGraphs
+    kept: KeptWeights
     linears: tuple[str, ...]  # the quantized linears of a block, by name
     norms: tuple[str, ...]
     modulations: tuple[str, ...]
+    _parts: _Parts | None = None  # as they were found last
 
     def _fuses(self, x: Tensor, vec: Any, pe: Tensor | None, dims: Any, transformer_options: dict) -> bool:
         """Whether this call can be fused: nobody looks inside the block, and every layer is as stored."""
@@ -145,41 +197,65 @@ class _Fused:
             and self.hidden_size == self.num_heads * HEAD
             and not (torch.is_grad_enabled() and x.requires_grad)
             and self._as_built()
-            and all(self.get_submodule(name).plain(x.dtype) for name in self.linears)
+            and all(linear.plain(x.dtype) for linear in self._parts.linears.values())
         )
 
     def _as_built(self) -> bool:
         """Whether the block's parts are ComfyUI's and ours: nothing in the place of one or hooked to it."""
+        parts = self._parts
+        if parts is None or not all(children.get(name) is module for children, name, module in parts.tree):
+            parts = self._parts = self._find_parts()
+        return parts is not None and not any(
+            part._forward_hooks or part._forward_pre_hooks or ("forward" in part.__dict__ and _is_replaced(part))
+            for part in parts.watched
+        )
+
+    def _find_parts(self) -> _Parts | None:
+        """None if one is not what it was built as."""
         modules = dict(self.named_modules())
         kinds = dict.fromkeys(self.linears, QuantizedLinear) | dict.fromkeys(self.norms, nn.RMSNorm)
         kinds |= dict.fromkeys(self.modulations, Modulation)
-        called = {f"{name}.lin" for name in self.modulations}  # as modules, whatever they are
-        return all(isinstance(modules.get(name), kind) for name, kind in kinds.items()) and not any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-            for name, module in modules.items()
-            if name and name not in called
+        if not all(isinstance(modules.get(name), kind) for name, kind in kinds.items()):
+            return None
+        called = [f"{name}.lin" for name in self.modulations]  # if need be as modules, whatever they are
+        modulations = [modules[name] for name in called]
+        return _Parts(
+            tree=[(part._modules, name, child) for part in modules.values() for name, child in part._modules.items()],
+            watched=[module for name, module in modules.items() if name not in ("", *called)],
+            linears={name: modules[name] for name in self.linears},
+            norms={name: modules[name] for name in self.norms},
+            modulations=modulations if all(isinstance(linear, QuantizedLinear) for linear in modulations) else [],
         )
 
-    def _run(self, modulations: tuple[Tensor, ...], streams: tuple[Tensor, ...], pe: Tensor, mask: Tensor | None,
+    def _run(self, vec: Tensor, streams: tuple[Tensor, ...], pe: Tensor, mask: Tensor | None,
              transformer_options: dict) -> tuple[Tensor, ...]:  # fmt: skip
         """The block on ``streams``, in place."""
-        tensors = (*streams, self.rotary.rows(pe), *modulations)
         stock = torch_attention(transformer_options)
         if stock:
             attend = partial(attend_exactly, mask=mask)
         else:
             attend = partial(attend_as_asked, mask=mask, options=transformer_options)
-        with contextlib.ExitStack() as stack:
-            weights = _Weights(self, streams[0], stack)
+        pins: list[Any] = []
+        try:
+            weights = _Weights(self, streams[0], pins)
+            modulates = weights.modulates and len(vec) <= self.layers.max_awq_rows and vec.dtype == streams[0].dtype
+            if modulates:
+                given: tuple[Tensor, ...] = (vec,)
+            else:
+                silu = nn.functional.silu(vec)
+                given = tuple(self.get_submodule(name).lin(silu) for name in self.modulations)
+            tensors = (*streams, self.rotary.rows(pe), *given)
 
             def compute(*tensors: Tensor) -> None:
-                inputs, rows = tensors[: len(streams)], tensors[len(streams)]
-                self._compute(weights, inputs, tensors[len(streams) + 1 :], rows, attend)
+                inputs, rows, given = tensors[: len(streams)], tensors[len(streams)], tensors[len(streams) + 1 :]
+                self._compute(weights, inputs, weights.modulate(*given) if modulates else given, rows, attend)
 
             if mask is not None or not stock or not weights.resident:
                 compute(*tensors)
                 return streams
-            return self.graphs.run(self, weights.places(), compute, tensors, len(streams))
+            return self.graphs.run(self, (modulates, *weights.places), compute, tensors, len(streams))
+        finally:
+            unpin(pins)
 
     def _project_qkv(
         self,
@@ -222,9 +298,7 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
             return super().forward(
                 img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options
             )
-        silu = nn.functional.silu(vec)
-        modulations = (self.img_mod.lin(silu), self.txt_mod.lin(silu))
-        return self._run(modulations, (img, txt), pe, attn_mask, transformer_options)
+        return self._run(vec, (img, txt), pe, attn_mask, transformer_options)
 
     def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
         img, txt = streams
@@ -269,8 +343,7 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
         transformer_options = {} if transformer_options is None else transformer_options
         if not (x.is_contiguous() and self._fuses(x, vec, pe, modulation_dims, transformer_options)):
             return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
-        modulation = self.modulation.lin(nn.functional.silu(vec))
-        return self._run((modulation,), (x,), pe, attn_mask, transformer_options)[0]
+        return self._run(vec, (x,), pe, attn_mask, transformer_options)[0]
 
     def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
         (x,) = streams
@@ -326,19 +399,20 @@ def attend_as_asked(qkv: Tensor, mask: Tensor | None, options: dict) -> Tensor:
     )
 
 
-def release_graphs(flux: nn.Module) -> None:
-    """Give up the graphs of a Flux that has been through :func:`fuse_blocks`, and their memory."""
-    for block in (*flux.double_blocks, *flux.single_blocks):
-        if isinstance(block, _Fused):
-            block.graphs.clear()
-            return
+def fused_blocks(flux: nn.Module) -> list[_Fused]:
+    """The blocks of a Flux that have a fused forward; they share ``graphs`` and ``kept``."""
+    return [block for block in (*flux.double_blocks, *flux.single_blocks) if isinstance(block, _Fused)]
 
 
-def fuse_blocks(flux: nn.Module, backend: Backend) -> None:
-    """Give every block of a ComfyUI Flux its fused forward, where ``backend`` has kernels for it."""
+def fuse_blocks(flux: nn.Module, backend: Backend, weights: str = "int4") -> None:
+    """Give every block of a ComfyUI Flux its fused forward, where ``backend`` has kernels for it.
+
+    weights: what else they keep of them, one of kept_weights.WEIGHTS.
+    """
     if not backend.kernels:
         return
     rotary, layers, graphs = Rotary(), backend.layers, BlockGraphs()
+    kept = KeptWeights(layers, graphs, weights)
     for blocks, stock, fused in (
         (flux.double_blocks, DoubleStreamBlock, FusedDoubleBlock),
         (flux.single_blocks, SingleStreamBlock, FusedSingleBlock),
@@ -346,4 +420,4 @@ def fuse_blocks(flux: nn.Module, backend: Backend) -> None:
         for block in blocks:
             if type(block) is stock and isinstance(block, stock):
                 block.__class__ = fused
-                block.layers, block.rotary, block.graphs = layers, rotary, graphs
+                block.layers, block.rotary, block.graphs, block.kept = layers, rotary, graphs, kept

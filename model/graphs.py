@@ -3,7 +3,7 @@
 A graph belongs to one block, one set of shapes and one place of the weights; when ComfyUI moves weights, a LoRA brings
 others or the size of the picture changes, the block runs without a graph once and gets a new one at the next call. All
 graphs of a model share their inputs (a block works in place on the tensors that the block before it left) and the
-memory of their temporaries.
+memory of their temporaries, which is planned here where the allocator cannot do it (graph_memory.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import graph_memory
+
 log = logging.getLogger(__name__)
 
 LEAST_MEMORY = 20 * 2**30  # bytes of a GPU that has room for the temporaries of graphs beside everything else
 SHAPES = 2  # sets of shapes that are kept
 PLACES = 2  # of the weights, for each block: with a LoRA and without
+TRIES = 4  # to find the same temporaries in two calls one after the other: the first of all makes more
 _UNFIT = object()  # in place of a graph that cannot be captured
+
+
+@dataclass
+class _Seen:
+    """A block that has run without a graph. plan: of its temporaries, if they have to be planned · ready: whether a
+    graph can be captured."""
+
+    plan: graph_memory.Plan | None
+    times: int
+    ready: bool
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    memory: Tensor | None  # of its temporaries, if it does not have its own
 
 
 @dataclass
@@ -34,6 +54,7 @@ class _Shapes:
     inputs: tuple[Tensor, ...] = ()
     rotary: Any = None  # a weak reference to what was copied last
     pool: Any = None
+    memory: Tensor | None = None
     graphs: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block: {weights: graph}
 
 
@@ -69,20 +90,22 @@ class BlockGraphs:
             while len(graphs) >= PLACES:
                 del graphs[next(iter(graphs))]
             # The first time compiles kernels, which a capture must not do.
-            graphs[weights] = None
-            compute(*tensors)
+            graphs[weights] = _watched(compute, tensors, None)
             return tensors[:streams]
-        graph = graphs[weights] = graphs.pop(weights)  # the last one used comes last
-        if graph is _UNFIT:
+        found = graphs[weights] = graphs.pop(weights)  # the last one used comes last
+        if isinstance(found, _Seen) and not found.ready:
+            graphs[weights] = _watched(compute, tensors, found)
+            return tensors[:streams]
+        if found is _UNFIT:
             compute(*tensors)
             return tensors[:streams]
         statics = self._statics(shapes, tensors, streams)
-        if graph is None:
-            graph = graphs[weights] = self._capture(shapes, compute, statics)
-        if graph is _UNFIT:
+        if isinstance(found, _Seen):
+            found = graphs[weights] = self._capture(shapes, compute, statics, found.plan)
+        if found is _UNFIT:
             compute(*statics)
         else:
-            graph.replay()
+            found.graph.replay()
         return statics[:streams]
 
     def _statics(self, shapes: _Shapes, tensors: tuple[Tensor, ...], streams: int) -> tuple[Tensor, ...]:
@@ -100,36 +123,62 @@ class BlockGraphs:
             static.copy_(tensor)
         return shapes.inputs
 
-    def _capture(self, shapes: _Shapes, compute: Callable[..., None], statics: tuple[Tensor, ...]) -> Any:
-        """A graph of compute(*statics), which does not run here; _UNFIT where it cannot be captured."""
-        if shapes.pool is None:
-            shapes.pool = torch.cuda.graph_pool_handle()
+    def _capture(
+        self, shapes: _Shapes, compute: Callable[..., None], statics: tuple[Tensor, ...], plan: graph_memory.Plan | None
+    ) -> Any:
+        """A _Captured of compute(*statics), which does not run here; _UNFIT where it cannot be captured."""
+        if plan is None:
+            shapes.pool = shapes.pool or torch.cuda.graph_pool_handle()
+            memory, place, pool = None, contextlib.nullcontext(), (shapes.pool,)
+        else:
+            if shapes.memory is None or shapes.memory.numel() < plan.total:
+                with torch.inference_mode(False):
+                    shapes.memory = torch.empty(plan.total, dtype=torch.uint8, device=statics[0].device)
+            # Graphs that allocate nothing have nothing to share.
+            memory, place, pool = shapes.memory, graph_memory.Use(plan, shapes.memory), ()
         # Not torch.cuda.graph(), which collects garbage and empties caches each time.
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
+        found: Any = _Captured(graph, memory)
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=shapes.pool, capture_error_mode="thread_local")
             try:
-                compute(*statics)
+                graph.capture_begin(*pool, capture_error_mode="thread_local")
+                with place:
+                    compute(*statics)
             except Exception as error:
                 log.warning("SVDQ FLUX: a block runs without a CUDA graph: %s", error)
+                found = _UNFIT
+                # What was allocated for the graph has to go before it ends.
+                traceback.clear_frames(error.__traceback__)
                 with contextlib.suppress(RuntimeError):  # of a capture that is broken already
                     graph.capture_end()
-                graph = _UNFIT
             else:
                 graph.capture_end()
         current.wait_stream(stream)
-        return graph
+        return found
 
     def count(self) -> int:
         """Graphs that there are."""
         places = (graphs for shapes in self._shapes.values() for graphs in shapes.graphs.values())
-        return sum(graph is not None and graph is not _UNFIT for graphs in places for graph in graphs.values())
+        return sum(isinstance(found, _Captured) for graphs in places for found in graphs.values())
 
     def clear(self) -> None:
         """Give up all graphs and their memory."""
         self._shapes.clear()
+
+
+def _watched(compute: Callable[..., None], tensors: tuple[Tensor, ...], before: _Seen | None) -> Any:
+    """compute(*tensors), without a graph. before: what was seen the time before."""
+    if not graph_memory.needed():
+        compute(*tensors)
+        return _Seen(None, 1, True)
+    with graph_memory.Watch() as watch:
+        compute(*tensors)
+    if before is None:
+        return _Seen(watch.plan, 1, False)
+    same = watch.plan == before.plan
+    return _Seen(watch.plan, before.times + 1, same) if same or before.times < TRIES else _UNFIT
 
 
 @functools.cache

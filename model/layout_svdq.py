@@ -8,6 +8,7 @@ nothing is repacked at load. Logical shape, row order and name are those of the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,15 @@ class _SharedParams(BaseLayoutParams):
     """
 
     def _tensor_fields(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        return [name for name in _field_names(type(self)) if isinstance(getattr(self, name), Tensor)]
 
     def clone(self) -> _SharedParams:
         return dataclasses.replace(self)
+
+
+@functools.cache
+def _field_names(params: type[_SharedParams]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(params))
 
 
 @dataclass(frozen=True)

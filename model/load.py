@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..kernels import backend_for
 from ..loaders import Checkpoint, PlainLayer, open_checkpoint
-from .flux import fuse_blocks, release_graphs
+from .flux import fuse_blocks, fused_blocks
+from .kept_weights import WEIGHTS
 from .layout_svdq import quantized_weight
 from .ops import make_operations
 from .patcher import adopt
@@ -22,12 +23,19 @@ from .patcher import adopt
 log = logging.getLogger(__name__)
 
 
-def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def load_flux(
+    path: str, precision: str = "auto", weights: str = "auto", disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """Load an SVDQuant INT4 FLUX checkpoint (file, legacy folder or saved model) into ComfyUI's own Flux.
 
+    weights: what stays in VRAM where the arithmetic is INT8 (kept_weights.py). int4: the weights as they are; int8:
+    INT8 copies beside them; auto: the copies where twice their size is free.
+
     Returns a MODEL as a stock loader would. ``disable_dynamic`` asks for a patcher without dynamic VRAM, as ComfyUI
-    does through ``cached_patcher_init``. Raises loaders.CheckpointError or kernels.BackendUnavailable.
+    does through ``cached_patcher_init``. Raises loaders.CheckpointError, kernels.BackendUnavailable or ValueError.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
     backend = backend_for(comfy.model_management.get_torch_device(), precision)
     checkpoint = open_checkpoint(path, reader=_comfy_reader)
     for note in checkpoint.notes:
@@ -42,11 +50,13 @@ def load_flux(path: str, precision: str = "auto", disable_dynamic: bool = False)
     )
     if patcher is None:
         raise RuntimeError(f"{path}: ComfyUI does not recognise the model as FLUX; please report this with `inspect`")
-    fuse_blocks(patcher.model.diffusion_model, backend)
+    fuse_blocks(patcher.model.diffusion_model, backend, weights)
+    if weights == "int8" and backend.precision != "int8":
+        log.warning("SVDQ FLUX: weights int8 changes nothing: the arithmetic here is %s", backend.precision)
     patcher.add_patches(loras)
     patcher.add_callback(CallbacksMP.ON_DETACH, _on_detach)
     # Tells ComfyUI how to make a second, independent copy: for hooks, torch.compile and several GPUs.
-    patcher.cached_patcher_init = (load_flux, (path, precision))
+    patcher.cached_patcher_init = (load_flux, (path, precision, weights))
     log.info(
         "SVDQ FLUX: %s, FLUX.1 %s, %d + %d blocks, rank %s, %s, %.2f GB; computes in %s: %s",
         checkpoint.format,
@@ -83,9 +93,12 @@ def state_dict(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, LoR
 
 
 def _on_detach(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
-    """Graphs go when the model leaves the GPU, not when another clone takes its place or a clone is deleted."""
-    if unpatch_all:
-        release_graphs(patcher.model.diffusion_model)
+    """Graphs and INT8 copies go when the model leaves the GPU, not when another clone takes its place or a clone is
+    deleted."""
+    blocks = fused_blocks(patcher.model.diffusion_model)
+    if unpatch_all and blocks:
+        blocks[0].kept.forget()
+        blocks[0].graphs.clear()
 
 
 def _comfy_reader(path: str):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
-from ..kernels.layout import concat_lowrank, pack_lowrank_down, pack_lowrank_up
+from ..kernels.layout import concat_lowrank, pack_lowrank_down, pack_lowrank_up, replace_lowrank
 
 log = logging.getLogger(__name__)
 
@@ -111,19 +112,38 @@ def _complaints(key: str) -> Iterator[list[str]]:
         root.removeFilter(listen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Columns:
-    """Low-rank columns for one linear, on its device: down [R, K], up [N, R].
+    """Low-rank columns for one linear, on its device: down [R, K] and up [N, R].
 
-    ``sources`` keeps alive the objects whose ids are in ``key`` · spans: (rank, offset) of each patch; its columns are
-    zero outside of offset (axis, start, length), which is None if there is none.
+    key: what they are made of, but for the strengths · scales: what the ups of the patches are multiplied by ·
+    ups: of each patch, as in its file · spans: (rank, offset) of each patch; its columns are zero outside of offset
+    (axis, start, length), which is None if there is none · n: N · sources: keeps the objects alive whose ids are in
+    ``key``.
     """
 
     key: tuple
+    scales: tuple[float, ...]
     down: Tensor
-    up: Tensor
-    sources: tuple[Any, ...]
+    ups: tuple[Tensor, ...]
     spans: tuple[tuple[int, tuple[int, int, int] | None], ...]
+    n: int
+    sources: tuple[Any, ...] = ()
+
+    @functools.cached_property
+    def up(self) -> Tensor:
+        """In the type of ``down``; kept, unlike :meth:`scaled_up`."""
+        return self.scaled_up()
+
+    def scaled_up(self) -> Tensor:
+        """``up``, made anew."""
+        scaled = []
+        for up, scale, (_, offset) in zip(self.ups, self.scales, self.spans, strict=True):
+            up = (up.float() * scale).to(self.down.dtype)
+            if offset is not None and offset[0] == 0:
+                up = _embed(up, 0, *offset[1:], self.n)
+            scaled.append(up)
+        return scaled[0].contiguous() if len(scaled) == 1 else torch.cat(scaled, dim=1)
 
     def used(self, axis: int, start: int, stop: int) -> list[slice]:
         """The columns that are not zero in rows (axis 0) or inputs (axis 1) from start to stop; no GPU is asked."""
@@ -145,51 +165,79 @@ class Columns:
 def build_columns(
     patches: Sequence[Patch], shape: tuple[int, int], device: torch.device, dtype: torch.dtype, cached: Columns | None
 ) -> Columns:
-    """Columns of plain LoRA ``patches`` for a weight of ``shape`` [N, K]; ``cached`` is returned if it is the same."""
-    key = (device, dtype, tuple((id(value), strength, offset) for strength, value, _, offset, _ in patches))
+    """Columns of plain LoRA ``patches`` for a weight of ``shape`` [N, K]; ``cached`` is returned if it is the same, and
+    what is on the device is used again if only strengths are others."""
+    factors = [value.weights for _, value, *_ in patches]
+    scales = tuple(
+        patch[0] * (alpha / down.shape[0] if alpha is not None else 1.0)
+        for patch, (_, down, alpha, *_) in zip(patches, factors, strict=True)
+    )
+    # Of the tensors: ComfyUI makes new adapters of a LoRA for each strength.
+    parts = zip(factors, patches, strict=True)
+    key = (device, dtype, tuple((id(up), id(down), patch[3]) for (up, down, *_), patch in parts))
     if cached is not None and cached.key == key:
-        return cached
+        return cached if cached.scales == scales else dataclasses.replace(cached, scales=scales)
     n, k = shape
     downs, ups = [], []
-    for strength, value, _, offset, _ in patches:
-        up, down, alpha, *_ = value.weights
-        scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
-        up = comfy.model_management.cast_to_device(up, device, torch.float32) * scale
+    for patch, (up, down, *_) in zip(patches, factors, strict=True):
+        offset = patch[3]
         down = comfy.model_management.cast_to_device(down, device, torch.float32)
-        if offset is not None:
-            axis, start, length = offset
-            if axis == 0:
-                up = _embed(up, 0, start, length, n)
-            else:
-                down = _embed(down, 1, start, length, k)
+        if offset is not None and offset[0] == 1:
+            down = _embed(down, 1, *offset[1:], k)
         downs.append(down.to(dtype))
-        ups.append(up.to(dtype))
-    sources = tuple(value for _, value, *_ in patches)
+        ups.append(comfy.model_management.cast_to_device(up, device, up.dtype))
     spans = tuple((down.shape[0], patch[3]) for down, patch in zip(downs, patches, strict=True))
-    return Columns(key, torch.cat(downs, dim=0), torch.cat(ups, dim=1), sources, spans)
+    # Copied even if there is one: the bits of a product on a CPU depend on where in a file a tensor lies.
+    return Columns(key, scales, torch.cat(downs, dim=0), tuple(ups), spans, n, tuple(factors))
 
 
 def extend_parts(parts: tuple[PackedW4A4, ...], axis: int, columns: Columns) -> tuple[PackedW4A4, ...]:
     """The parts of a linear (see layout_svdq.py) with ``columns`` in their low-rank branches, ranks padded by zeros."""
-    extended, start = [], 0
-    for part in parts:
-        size = part.n if axis == 0 else part.k
-        down = columns.down if axis == 0 else columns.down[:, start : start + size]
-        up = columns.up[start : start + size] if axis == 0 else columns.up
-        used = columns.used(axis, start, start + size)
-        start += size
-        if used:
-            down, up = torch.cat([down[s] for s in used]), torch.cat([up[:, s] for s in used], dim=1)
-            missing = -len(down) % RANK_MULTIPLE
-            down = torch.nn.functional.pad(down, (0, 0, 0, missing)).to(part.proj_down.dtype)
-            up = torch.nn.functional.pad(up, (0, missing)).to(part.proj_up.dtype)
+    extended = []
+    for part, down, up in _by_part(parts, axis, columns):
+        if up is not None:
             part = dataclasses.replace(
                 part,
-                proj_down=concat_lowrank(part.proj_down, pack_lowrank_down(down)),
-                proj_up=concat_lowrank(part.proj_up, pack_lowrank_up(up)),
+                proj_down=concat_lowrank(part.proj_down, pack_lowrank_down(down.to(part.proj_down.dtype))),
+                proj_up=concat_lowrank(part.proj_up, pack_lowrank_up(up.to(part.proj_up.dtype))),
             )
         extended.append(part)
     return tuple(extended)
+
+
+def change_strengths(
+    parts: tuple[PackedW4A4, ...], axis: int, columns: Columns, proj_ups: Sequence[Tensor | None]
+) -> None:
+    """Make ``proj_ups``, of parts that :func:`extend_parts` has given columns of other strengths, those of ``columns``.
+
+    In place; None for a part that has none of the columns.
+    """
+    for (part, _, up), proj_up in zip(_by_part(parts, axis, columns), proj_ups, strict=True):
+        if up is not None:
+            replace_lowrank(proj_up, part.rank, pack_lowrank_up(up.to(proj_up.dtype)))
+
+
+def _by_part(
+    parts: tuple[PackedW4A4, ...], axis: int, columns: Columns
+) -> Iterator[tuple[PackedW4A4, Tensor | None, Tensor | None]]:
+    """(part, down [R, K], up [N, R]) of those columns that are not zero in a part, R padded by zeros; or None."""
+    start, whole = 0, columns.scaled_up()
+    for part in parts:
+        size = part.n if axis == 0 else part.k
+        used = columns.used(axis, start, start + size)
+        if not used:
+            yield part, None, None
+        else:
+            down = columns.down if axis == 0 else columns.down[:, start : start + size]
+            up = whole[start : start + size] if axis == 0 else whole
+            if len(used) > 1 or used[0] != slice(0, len(down)):
+                down, up = torch.cat([down[s] for s in used]), torch.cat([up[:, s] for s in used], dim=1)
+            missing = -len(down) % RANK_MULTIPLE
+            if missing:
+                down = torch.nn.functional.pad(down, (0, 0, 0, missing))
+                up = torch.nn.functional.pad(up, (0, missing))
+            yield part, down, up
+        start += size
 
 
 def _embed(tensor: Tensor, axis: int, start: int, length: int, size: int) -> Tensor:

@@ -8,16 +8,15 @@ requantizing the weight, or replace it by a dense one, and take a stored bias fo
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import json
-import weakref
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.ops
-import comfy_aimdo.model_vbar
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor, nn
@@ -34,6 +33,8 @@ from .layout_svdq import (
     packed_parts,
     smooths_alike,
 )
+from .offload import Origin, Staged, brought
+from .slots import Functions, PatchSlots, resident, unpin
 
 _QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
 
@@ -41,93 +42,6 @@ _QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
 def is_quantized(weight: Any) -> bool:
     """Whether a weight is one of this pack's quantized tensors."""
     return isinstance(weight, QuantizedTensor) and weight._layout_cls in _QUANTIZED
-
-
-@contextlib.contextmanager
-def resident(module: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None] | None]:
-    """(weight, bias) of one of core's modules if they are on ``device`` and stay there, not moved for as long as the
-    context lasts. None if core has to bring or to change them.
-
-    Core brings weights through buffers of which there are one or two: what ``cast_bias_weight`` returned for one module
-    is overwritten by the next but one, at the latest. Only resident weights can be held beside each other.
-    """
-    slots = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
-    if any(getattr(module, slot, None) for slot in slots):
-        yield None
-    elif module.weight.device == device:
-        bias = module.bias
-        yield (module.weight, bias) if bias is None or bias.device == device else None
-    elif hasattr(module, "_v") and device.type != "cpu":
-        # Dynamic VRAM: a fault pins the module's place and tells whether the values in it are still those of last time.
-        signature = comfy_aimdo.model_vbar.vbar_fault(module._v)
-        if signature is None:
-            yield None
-            return
-        try:
-            loaded = comfy_aimdo.model_vbar.vbar_signature_compare(signature, module._v_signature)
-            yield (module._v_weight, module._v_bias) if loaded else None
-        finally:
-            comfy_aimdo.model_vbar.vbar_unpin(module._v)
-    else:
-        yield None
-
-
-@dataclass
-class PatchSlots:
-    """Where core and patcher.py leave the patches of one parameter that the Linear applies itself.
-
-    dynamic: in dynamic VRAM mode · partial: for modules that stay off the GPU · resident: for modules that are loaded
-    completely (set by patcher.py) · hooks: of hooks that are on (set by patcher.py).
-    """
-
-    dynamic: Any = None
-    partial: Any = None
-    resident: Any = None
-    hooks: list[lora.Patch] = field(default_factory=list)
-
-    @property
-    def holder(self) -> Any:
-        """The LowVramPatch that counts; a module is loaded in one way at a time, and partial wins while it changes."""
-        return self.dynamic or self.partial or self.resident
-
-    @property
-    def key(self) -> str:
-        return self.holder.key if self.holder is not None else "hook"
-
-    def active(self) -> list[lora.Patch]:
-        """All patches, in the order in which core would apply them."""
-        return [*(self.holder.patches.get(self.holder.key, ()) if self.holder is not None else ()), *self.hooks]
-
-
-class _Functions(list):
-    """A Linear's ``weight_function`` or ``bias_function`` list that keeps low-VRAM patches in the Linear's slots.
-
-    A function in this list makes core dequantize the weight before every use. Wrappers of other packs keep that
-    meaning; the patches that core puts here for partially loaded models are LoRAs, which the Linear applies itself.
-    """
-
-    def __init__(self, module: QuantizedLinear, name: str, functions: Any = ()):
-        super().__init__()
-        # Weak, or weights would keep their memory until the garbage collector comes.
-        self._module, self._name = weakref.ref(module), name
-        self.extend(functions)
-
-    def __deepcopy__(self, memo: dict) -> _Functions:
-        module = self._module()
-        copied = _Functions(memo.get(id(module), module), self._name)
-        list.extend(copied, (copy.deepcopy(function, memo) for function in self))
-        return copied
-
-    def append(self, function: Any) -> None:
-        module = self._module()
-        if getattr(function, "is_lowvram_patch", False) and module.owns(self._name):
-            module.slots[self._name].partial = function
-        else:
-            super().append(function)
-
-    def extend(self, functions: Any) -> None:
-        for function in functions:
-            self.append(function)
 
 
 class QuantizedLinear(comfy.ops.manual_cast.Linear):
@@ -159,21 +73,37 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self.bias_comfy_model_dtype = dtype
         self.slots = {"weight": PatchSlots(), "bias": PatchSlots()}
         self._trials = {name: lora.Trials() for name in self.slots}
-        self._functions = {name: _Functions(self, name) for name in self.slots}
+        self._functions = {name: Functions(self, name) for name in self.slots}
+        self._sorted: _SortedPatches | None = None
         self._columns: lora.Columns | None = None
+        self._columns_of: _SortedPatches | None = None
+        self._held: Held | None = None
         self._extended: tuple[lora.Columns, _Factors] | None = None
+        self._origin = Origin()
+        self.staged: Staged | None = None  # set by patcher.py
         self._one_input = False  # whether both parts of the weight smooth their common input alike
 
     # ---- what core sets on modules
 
     def owns(self, name: str) -> bool:
         """Whether patches on the parameter ``name`` are this Linear's to apply."""
-        if not is_quantized(self.weight):
+        weight = self.weight
+        if not is_quantized(weight):
             return False
-        return name == "weight" or (name == "bias" and getattr(self.weight._params, "unsigned", False))
+        return name == "weight" or (name == "bias" and getattr(weight._params, "unsigned", False))
+
+    def is_changed(self) -> bool:
+        """Whether core has to change the weight or the bias before they are used."""
+        functions, slots = self._functions, self.slots
+        return bool(
+            functions["weight"]
+            or functions["bias"]
+            or (slots["weight"].dynamic is not None and not self.owns("weight"))
+            or (slots["bias"].dynamic is not None and not self.owns("bias"))
+        )
 
     @property
-    def weight_function(self) -> _Functions:
+    def weight_function(self) -> Functions:
         return self._functions["weight"]
 
     @weight_function.setter
@@ -181,7 +111,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self._set_functions("weight", functions)
 
     @property
-    def bias_function(self) -> _Functions:
+    def bias_function(self) -> Functions:
         return self._functions["bias"]
 
     @bias_function.setter
@@ -190,7 +120,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def _set_functions(self, name: str, functions: Any) -> None:
         self.slots[name].partial = None
-        self._functions[name] = _Functions(self, name, functions)
+        self._functions[name] = Functions(self, name, functions)
 
     @property
     def weight_lowvram_function(self) -> Any:
@@ -246,7 +176,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def comfy_quant(self) -> Tensor:
         """JSON of the weight's non-tensor fields as uint8, ComfyUI's convention for a quantized layer."""
         description = self.weight.layout_cls.describe(self.weight._params)
-        return torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
         """Core's way to a dense weight, for merges and exports."""
@@ -261,12 +191,15 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         for name, parameter in self._parameters.items():
-            if parameter is not None:
-                moved = fn(parameter)
+            moved = None if parameter is None else self._origin.moved(parameter, fn)
+            if moved is not parameter:
+                self._held = None  # or the weight would stay where it was, too
                 inner = moved._qdata if isinstance(moved, QuantizedTensor) else moved
                 # ComfyUI loads in inference mode and may unload outside of it, where such tensors are no parameters.
                 with torch.inference_mode(inner.is_inference()):
                     self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+                if is_quantized(moved):
+                    self._origin.remember(self._parameters[name], parameter)
         return self
 
     # ---- patches
@@ -276,18 +209,38 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         shape = (self.out_features, self.in_features) if name == "weight" else (self.out_features,)
         return self._trials[name].usable(self.slots[name].active(), self.slots[name].key, shape)
 
-    def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
+    def _sort_patches(self) -> _SortedPatches:
+        """The patches on the weight, by who applies them."""
+        slots, known = self.slots["weight"], self._sorted
+        if slots.empty:
+            if known is not _NO_PATCHES:
+                for name in self.slots:
+                    self._patches(name)  # forgets what it knew of others
+                self._sorted = _NO_PATCHES
+            return _NO_PATCHES
+        active = slots.active()
+        if known is not None and len(active) == len(known.active) and all(map(operator.is_, active, known.active)):
+            return known
         patches, shape = self._patches("weight"), (self.out_features, self.in_features)
         rest = [patch for patch in patches if not lora.is_plain(patch, shape)]
-        plain = [patch for patch in patches if patch[0] != 0.0]
         if rest:
-            # Their order among plain LoRAs can matter (a merge scales what came before): core does all of them.
-            plain, rest = [], patches
-        if plain:
-            self._columns = lora.build_columns(plain, shape, x.device, x.dtype, self._columns)
-        else:
-            self._columns = None
-        return self._columns, rest
+            # Their order among plain LoRAs can matter (a merge scales what came before): core does all of them. Which
+            # of them fit is found out when they are applied.
+            self._sorted = None
+            return _SortedPatches(active, [], patches)
+        self._sorted = _SortedPatches(active, [patch for patch in patches if patch[0] != 0.0], [])
+        return self._sorted
+
+    def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
+        patches, columns = self._sort_patches(), self._columns
+        if not patches.plain:
+            columns = None
+        elif self._columns_of is not patches or columns.down.device != x.device or columns.down.dtype != x.dtype:
+            shape = (self.out_features, self.in_features)
+            columns = lora.build_columns(patches.plain, shape, x.device, x.dtype, columns)
+        if self._columns_of is not patches or columns is not self._columns:  # setting them takes as long as all this
+            self._columns_of, self._columns = patches, columns
+        return columns, patches.rest
 
     # ---- forward
 
@@ -301,10 +254,19 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def on_device(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(weight, bias) where x is, for as long as the context lasts; core moves and frees them."""
         comfy.ops.run_every_op()
-        with resident(self, x.device) as there:  # what core would find out in ten times as long
-            if there is not None:
+        pins: list[Any] = []
+        there = resident(self, x.device, pins)  # what core would find out in ten times as long
+        if there is not None:
+            try:
                 yield there
-                return
+            finally:
+                unpin(pins)
+            return
+        unpin(pins)
+        if not hasattr(self, "_v") and not self.is_changed():
+            with brought(self.weight, self.bias, self.staged, x.device) as there:
+                yield there
+            return
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self,
             input=None,
@@ -321,17 +283,18 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def plain(self, dtype: torch.dtype) -> bool:
         """Whether fused kernels can take this linear with activations of ``dtype``: SVDQuant, no patches but plain
         LoRAs, no functions of other packs, and nobody in the place of ``forward`` (ComfyUI's bypass LoRA)."""
-        if not is_quantized(self.weight) or self.weight._layout_cls != SVDQInt4Layout.__name__:
+        weight = self.weight
+        if not is_quantized(weight) or weight._layout_cls != SVDQInt4Layout.__name__:
             return False
-        patches, shape = self._patches("weight"), (self.out_features, self.in_features)
+        patches = self._sort_patches()
         return (
-            self.weight._params.scale.dtype == dtype
-            and not any(self._functions.values())
+            weight._params.scale.dtype == dtype
+            and not (self._functions["weight"] or self._functions["bias"])
             and getattr(self.forward, "__func__", None) is QuantizedLinear.forward
             and not (self._forward_hooks or self._forward_pre_hooks)
-            and not self._patches("bias")
-            and all(lora.is_plain(patch, shape) for patch in patches)
-            and (not patches or self._has_room(sum(lora.rank_of(patch) for patch in patches)))
+            and (self.slots["bias"].empty or not self._patches("bias"))
+            and not patches.rest
+            and (not patches.plain or self._has_room(sum(map(lora.rank_of, patches.plain))))
         )
 
     def _has_room(self, ranks: int) -> bool:
@@ -350,19 +313,38 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             parts = (parts[0], dataclasses.replace(parts[1], smooth_factor=parts[0].smooth_factor))
         return self._with_columns(parts, self._split_patches(x)[0])
 
+    def stored_parts(self) -> tuple[PackedW4A4, ...]:
+        """The parts without LoRAs, where the weight is stored; none if it is no SVDQuant weight."""
+        weight = self.weight
+        if not is_quantized(weight) or weight._layout_cls != SVDQInt4Layout.__name__:
+            return ()
+        return packed_parts(weight._qdata, weight._params)
+
+    def hold(self, weight: QuantizedTensor, bias: Tensor | None, x: Tensor) -> Held:
+        """:meth:`parts` of a weight that stays on x's device, and its bias: the same object until something changes."""
+        held, columns = self._held, self._split_patches(x)[0]
+        if held is None or held.weight is not weight or held.bias is not bias or held.columns is not columns:
+            self._held = held = Held(weight, bias, columns, self.parts(weight, x))
+        return held
+
     def _with_columns(self, parts: tuple[PackedW4A4, ...], columns: lora.Columns | None) -> tuple[PackedW4A4, ...]:
         if columns is None:
             self._extended = None
             return parts
-        if self._extended is None or self._extended[0] is not columns:
-            extended = lora.extend_parts(parts, self.weight._params.axis, columns)
-            # None: the layer's own, wherever core has put them by then.
-            factors = [
-                None if part is own else (part.proj_down, part.proj_up)
-                for part, own in zip(extended, parts, strict=True)
-            ]
-            # In the place of another strength's: CUDA graphs that read them stay right.
-            self._extended = (columns, factors if self._extended is None else _in_place(self._extended[1], factors))
+        known, axis = self._extended, self.weight._params.axis
+        if known is None or known[0] is not columns:
+            # In the place of another strength's or LoRA's: CUDA graphs that read them stay right.
+            if known is not None and known[0].key == columns.key and all(_writable(f[1]) for f in known[1] if f):
+                factors = known[1]
+                lora.change_strengths(parts, axis, columns, [None if f is None else f[1] for f in factors])
+            else:
+                # None: the layer's own, wherever core has put them by then.
+                factors = [
+                    None if part is own else (part.proj_down, part.proj_up)
+                    for part, own in zip(lora.extend_parts(parts, axis, columns), parts, strict=True)
+                ]
+                factors = factors if known is None else _in_place(known[1], factors)
+            self._extended = (columns, factors)
         return tuple(
             part if factors is None else dataclasses.replace(part, proj_down=factors[0], proj_up=factors[1])
             for part, factors in zip(parts, self._extended[1], strict=True)
@@ -428,6 +410,45 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         return self._trials[name].apply(patches, value, key, **options)
 
 
+@dataclass(frozen=True)
+class _SortedPatches:
+    """The ``active`` patches on a weight: ``plain`` LoRAs, for columns, or ``rest``, all of them, for core."""
+
+    active: list[lora.Patch]
+    plain: list[lora.Patch]
+    rest: list[lora.Patch]
+
+
+_NO_PATCHES = _SortedPatches([], [], [])
+
+
+@dataclass(eq=False)
+class Held:
+    """A linear's weight for fused kernels, LoRAs included, where it is now.
+
+    kept: its parts with what kept_weights.py keeps of them, made when its memory was in the state ``filled``.
+    """
+
+    weight: QuantizedTensor
+    bias: Tensor | None
+    columns: lora.Columns | None
+    parts: tuple[PackedW4A4, ...]
+    kept: tuple[PackedW4A4, ...] = ()
+    filled: Any = None
+
+    def stored_parts(self) -> tuple[PackedW4A4, ...]:
+        """The parts without LoRAs."""
+        return packed_parts(self.weight._qdata, self.weight._params)
+
+    @functools.cached_property
+    def places(self) -> tuple[int, ...]:
+        """Where everything is that kernels read of the weight, and ranks, which LoRAs change."""
+        found = [0 if self.bias is None else self.bias.data_ptr()]
+        for part in self.parts:
+            found += (part.qweight.data_ptr(), part.proj_down.data_ptr(), part.proj_up.data_ptr(), part.rank)
+        return tuple(found)
+
+
 _Factors = list[tuple[Tensor, Tensor] | None]
 
 
@@ -436,14 +457,17 @@ def _in_place(old: _Factors, new: _Factors) -> _Factors:
 
     def replaced(a: Tensor, b: Tensor) -> Tensor:
         fits = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        if fits and (torch.is_inference_mode_enabled() or not a.is_inference()):
-            return a.copy_(b)
-        return b
+        return a.copy_(b) if fits and _writable(a) else b
 
     return [
         b if a is None or b is None else (replaced(a[0], b[0]), replaced(a[1], b[1]))
         for a, b in zip(old, new, strict=True)
     ]
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be changed in place here: one from inference mode only there."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 def _inner_tensor(suffix: str) -> property:

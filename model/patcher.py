@@ -15,8 +15,12 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from .ops import PatchSlots, QuantizedLinear, is_quantized
+from .flux import fused_blocks
+from .kept_weights import KeptWeights
+from .offload import Staged
+from .ops import QuantizedLinear, is_quantized
 from .saving import SaveMixin
+from .slots import PatchSlots
 
 _CALLBACK_KEY = "svdq_flux"
 _Backup = collections.namedtuple("_Backup", ["weight", "inplace_update"])
@@ -34,21 +38,115 @@ def quantized_modules(model: torch.nn.Module) -> list[QuantizedLinear]:
     return [m for m in model.modules() if isinstance(m, QuantizedLinear) and is_quantized(m.weight)]
 
 
-class SVDQModelPatcher(SaveMixin, comfy.model_patcher.ModelPatcher):
+class _KeptMixin:
+    """Counts the INT8 copies of kept_weights.py as a part of the model, the first to go when VRAM is short."""
+
+    _loads = False  # while core compares the model's size with what it loads
+
+    def _kept(self) -> tuple[KeptWeights, list] | tuple[None, list]:
+        blocks = fused_blocks(self.model.diffusion_model)
+        return (blocks[0].kept, blocks) if blocks else (None, blocks)
+
+    def model_size(self) -> int:
+        kept, blocks = self._kept()
+        return super().model_size() + (0 if kept is None or self._loads else kept.counted(blocks))
+
+    def loaded_size(self) -> int:
+        kept, _ = self._kept()
+        return super().loaded_size() + (0 if kept is None else kept.held)
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> Any:
+        kept, _ = self._kept()
+        freed = 0 if kept is None else kept.free(memory_to_free)
+        if freed and freed >= memory_to_free:
+            return freed
+        return freed + super().partially_unload(device_to, memory_to_free - freed, force_patch_weights)
+
+    def _decide(self) -> None:
+        """Whether copies are kept, by the VRAM that is free once all weights are in it."""
+        kept, blocks = self._kept()
+        if kept is None:
+            return
+        if not kept.decided:
+            missing = super().model_size() - super().loaded_size()
+            free = comfy.model_management.get_free_memory(self.load_device) - max(0, missing)
+            kept.decide(blocks, self.load_device, int(free), self.is_dynamic())
+        kept.prioritize()
+
+
+class SVDQModelPatcher(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
     """The patcher without dynamic VRAM."""
 
+    _dying = False  # while Python deletes the patcher
     _stays = False  # while patches change on a model that is and will be on the GPU as a whole
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> Any:
+        self._loads = True
+        try:
+            loaded = self._partially_load(device_to, extra_memory, force_patch_weights)
+        finally:
+            self._loads = False
+        if self.model.model_loaded_weight_memory > 0 and not self.model.model_lowvram:
+            self._decide()
+        return loaded
+
+    def _partially_load(self, device_to: Any, extra_memory: float, force_patch_weights: bool) -> Any:
         # Core takes the whole model off the GPU and brings it back to give weights other patches (1253). Ours do not
         # change with their patches, and CUDA graphs know where they are.
         used = self.model.model_loaded_weight_memory
         loaded = used > 0 and not self.model.model_lowvram and self.model.device == device_to
+        changed = not force_patch_weights and self._change_patches(device_to)
         self._stays = loaded and used + extra_memory > self.model_size()
         try:
-            return super().partially_load(device_to, extra_memory, force_patch_weights)
+            result = super().partially_load(device_to, extra_memory, force_patch_weights)
         finally:
             self._stays = False
+        if changed and loaded:  # for core it was loaded all the time
+            for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+                callback(self, device_to, used + extra_memory, force_patch_weights, True)
+        return result
+
+    def _change_patches(self, device_to: Any) -> bool:
+        """Give a loaded model this patcher's patches instead of those that it has; whether that was all there is to do.
+
+        It is where nothing else was or has to be patched than what Linears apply themselves; a few milliseconds, while
+        core goes through the whole model, and through the bus if that is partly offloaded.
+        """
+        model, uuid = self.model, self.model.current_weight_patches_uuid
+        if uuid in (None, self.patches_uuid) or not model.model_loaded_weight_memory or model.device != device_to:
+            return False
+        if self.backup or self.weight_wrapper_patches or self.force_cast_weights:
+            return False
+        modules = dict(model.named_modules())
+        owners = {
+            f"{name}.{leaf}": (module, leaf)
+            for name, module in modules.items()
+            if isinstance(module, QuantizedLinear)
+            for leaf in module.slots
+            if module.owns(leaf)
+        }
+        others = ("weight_function", "bias_function", "comfy_force_cast_weights")
+        if not owners.keys() >= self.patches.keys() or any(
+            getattr(module, name, None) for module in modules.values() for name in others
+        ):
+            return False
+        with self.use_ejected():
+            self.unpatch_hooks()
+        offloaded = 0
+        for key, (module, leaf) in owners.items():
+            slots = module.slots[leaf]
+            slots.partial = slots.resident = None
+            if key not in self.patches:
+                continue
+            patch = comfy.model_patcher.LowVramPatch(key, self.patches)
+            if getattr(module, "comfy_patched_weights", False):  # core's sign for a module that is loaded
+                slots.resident = patch
+            else:
+                slots.partial = patch
+                offloaded += 1
+        model.lowvram_patch_counter = offloaded
+        model.current_weight_patches_uuid = self.patches_uuid
+        return True
 
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
@@ -75,6 +173,35 @@ class SVDQModelPatcher(SaveMixin, comfy.model_patcher.ModelPatcher):
             (entry[1], *entry[1:]) if isinstance(entry[3], QuantizedLinear) and is_quantized(entry[3].weight) else entry
             for entry in super()._load_list(*args, **kwargs)
         ]
+
+    # ---- weights that stay off the GPU
+
+    def pin_weight_to_device(self, key: str) -> None:
+        module = self._staging(key)
+        if module is None:
+            super().pin_weight_to_device(key)
+        elif module.staged is None:
+            module.staged = Staged.of(module.weight)
+            if module.staged is not None:
+                self.pinned.add(key)
+
+    def unpin_weight(self, key: str) -> None:
+        module = self._staging(key)
+        if module is None:
+            super().unpin_weight(key)
+        elif not self._dying:  # other clones have the same model, and Staged gives back what it has by itself
+            module.staged = None
+            self.pinned.discard(key)
+
+    def _staging(self, key: str) -> QuantizedLinear | None:
+        """The Linear of the parameter ``key`` if that is a quantized weight."""
+        name, _, leaf = key.rpartition(".")
+        module = comfy.utils.get_attr(self.model, name) if name and leaf == "weight" else None
+        return module if isinstance(module, QuantizedLinear) and is_quantized(module.weight) else None
+
+    def __del__(self) -> None:
+        self._dying = True
+        super().__del__()
 
     # ---- hooks: the patch list takes the place of a patched weight
 
@@ -103,8 +230,22 @@ class SVDQModelPatcher(SaveMixin, comfy.model_patcher.ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
 
 
-class SVDQModelPatcherDynamic(SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
+class SVDQModelPatcherDynamic(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
     """The patcher with dynamic VRAM."""
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        self._decide()  # before core gives the model's own pages a priority above all others
+        return super().partially_load(*args, **kwargs)
+
+    def load(self, *args: Any, dirty: bool = False, **kwargs: Any) -> None:
+        # Core forgets what is in VRAM when patches change, because it patches weights there (1886). Ours are as stored,
+        # and would be sent again in vain. A bias that core patches shares its weight's place.
+        modules = [m for m in quantized_modules(self.model) if dirty and m.bias_lowvram_function is None]
+        there = [(module, getattr(module, "_v_signature", None)) for module in modules]
+        super().load(*args, dirty=dirty, **kwargs)
+        for module, signature in there:
+            if module.bias_lowvram_function is None and hasattr(module, "_v"):
+                module._v_signature = signature
 
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
@@ -135,8 +276,13 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mode
     Only exact stock classes change: another pack's subclass stays what it is.
     """
     _change_class(patcher)
-    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: _change_class(clone))
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, _adopt_clone)
     return patcher
+
+
+def _adopt_clone(patcher: comfy.model_patcher.ModelPatcher, clone: comfy.model_patcher.ModelPatcher) -> None:
+    _change_class(clone)
+    clone.size = patcher.size  # core has given it the size with INT8 copies
 
 
 def _change_class(patcher: comfy.model_patcher.ModelPatcher) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..kernels import PRECISIONS
-from ..model import load_flux
+from ..model import WEIGHTS, load_flux
 from .model_files import fingerprint, model_names, model_path
 
 
@@ -56,6 +56,18 @@ class SVDQFluxLoader(io.ComfyNode):
                         "One that cannot run here is refused with the reason."
                     ),
                 ),
+                io.Combo.Input(
+                    "weights",
+                    options=list(WEIGHTS),
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "What stays in VRAM where the arithmetic is int8. int4: the weights as they are. int8: INT8 "
+                        "copies too, which are not made anew in every step: faster, 9 GB more for FLUX.1. auto: copies "
+                        "where twice their size is free when the model is loaded. ComfyUI takes them back first when "
+                        "VRAM is short. The picture is the same."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -66,9 +78,9 @@ class SVDQFluxLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, precision: str) -> str:
+    def fingerprint_inputs(cls, model_name: str, precision: str, weights: str = "auto") -> str:
         return fingerprint(model_path(model_name))
 
     @classmethod
-    def execute(cls, model_name: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(load_flux(model_path(model_name), precision=precision))
+    def execute(cls, model_name: str, precision: str, weights: str = "auto") -> io.NodeOutput:
+        return io.NodeOutput(load_flux(model_path(model_name), precision=precision, weights=weights))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from svdq.cli.dequantize import effective
 from svdq.loaders import Checkpoint, open_checkpoint
+from svdq.loaders.weights import on_device
 
 
 def dense_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -20,22 +20,11 @@ def dense_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
     """
     sd: dict[str, Tensor] = {}
     for name, layer in checkpoint.layers():
-        weight, bias = effective(_to(layer, device), dtype)
+        weight, bias = effective(on_device(layer, device), dtype)
         sd[f"{name}.weight"] = weight.cpu()
         if bias is not None:
             sd[f"{name}.bias"] = bias.cpu()
     return sd
-
-
-def _to(value, device: torch.device):
-    """A loader's layer with every tensor in it on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    if dataclasses.is_dataclass(value):
-        return type(value)(**{f.name: _to(getattr(value, f.name), device) for f in dataclasses.fields(value)})
-    return value
 
 
 def load_dense(path: Path):

@@ -8,6 +8,8 @@ The server sees, in its model folders:
 * the demo model once more as a legacy folder, and in a folder of extra_model_paths.yaml;
 * a LoRA for it;
 * broken and wrong files, see ``BAD_MODELS``.
+
+It also has the node of server_nodes.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,20 +105,31 @@ def unavailable(reason: str) -> None:
 @pytest.fixture(scope="session")
 def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """The running server; starts on first use, on the CPU."""
+    with running_server(tmp_path_factory, cpu=True, options=["--preview-method", "latent2rgb"]) as server:
+        yield server
+
+
+@contextmanager
+def running_server(
+    tmp_path_factory: pytest.TempPathFactory, cpu: bool, options: Sequence[str]
+) -> Iterator[RunningServer]:
+    """A server as ``comfy_server`` is one, on a GPU (``cpu`` False) or with other options."""
     if not (comfyui_path() / "main.py").is_file():
         unavailable("no ComfyUI: run `python3 . test`, or set COMFYUI_PATH")
     base = tmp_path_factory.mktemp("comfyui")
     elsewhere = tmp_path_factory.mktemp("more-models")
     demo_model = _write_models(base / "models")
     shutil.copyfile(demo_model, elsewhere / EXTRA_MODEL)
-    (base / "input").mkdir()
+    for folder in ("input", "custom_nodes"):
+        (base / folder).mkdir()
     Image.linear_gradient("L").convert("RGB").save(base / "input" / "example.png")
+    shutil.copyfile(Path(__file__).with_name("server_nodes.py"), base / "custom_nodes" / "server_nodes.py")
 
     server = ComfyServer(
         base,
-        cpu=True,
+        cpu=cpu,
         pack_name="svdq-flux-under-test",
-        extra_arguments=["--preview-method", "latent2rgb"],
+        extra_arguments=options,
         model_folders={"diffusion_models": [elsewhere]},
     )
     with server:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import compatibility_env
 import pytest
 import torch
 from compatibility_env import ROUNDED_LIMIT, case, check, names, node, sample
+from flux_models import relative
 from lora_files import lora_file, with_lora
 
 pytestmark = pytest.mark.comfy
@@ -64,6 +67,45 @@ def _(model, env):
 # ---- copies and devices
 
 
+@contextmanager
+def two_devices(model) -> Iterator[tuple[object, list[torch.device]]]:
+    """(another copy of the model, devices that are two to ComfyUI and one to PyTorch).
+
+    Split models are cycles of references. ComfyUI's cache holds what they were made of; here that goes with them, so
+    that it must not be the model of other tests.
+    """
+    import comfy.model_management as management
+
+    if model.load_device.type != "cpu":
+        pytest.skip("two devices that are one: only a CPU can do that")
+    management.cleanup_models_gc()
+    devices = [torch.device("cpu"), torch.device("cpu", 1)]
+    load, arguments = model.cached_patcher_init
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(management, "get_all_torch_devices", lambda exclude_current=False: devices)
+        yield load(*arguments), devices
+
+
+def sample_on_both(split, env, positive=None) -> torch.Tensor:
+    """Sample with two conditionings, and see that each device computes one of them in each step."""
+    (copy,) = split.get_additional_models_with_key("multigpu")
+    assert copy.model is not split.model and copy.load_device != split.load_device
+    batches: list[tuple[int, int]] = []  # which model, how many conditionings
+
+    def seen(flux: torch.nn.Module, arguments: tuple) -> None:
+        batches.append((id(flux), len(arguments[0])))
+
+    models = [patcher.model.diffusion_model for patcher in (copy, split)]
+    hooks = [model.register_forward_pre_hook(seen) for model in models]
+    try:
+        latent = sample(split, env, positive, cfg=2.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sorted(batches) == sorted([(id(model), 1) for model in models] * 2), "two steps, one for each in both"
+    return latent
+
+
 @case("torch.compile of a block as TorchCompileModel does it (backend eager), with a LoRA")
 def _(model, env):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -85,19 +127,50 @@ def _(model, env):
 @case("MultiGPU CFG Split: two devices, a LoRA and a hook")
 def _(model, env):
     import comfy.hooks
-    import comfy.model_management as management
 
-    if model.load_device.type != "cpu":
-        pytest.skip("two devices that are one: only a CPU can do that")
-    devices = [torch.device("cpu"), torch.device("cpu", 1)]  # to ComfyUI two devices, to PyTorch one
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(management, "get_all_torch_devices", lambda exclude_current=False: devices)
-        split = node("multigpu", "MultiGPUCFGSplitNode", with_lora(model, lora_file(env)), 2)
-    (copy,) = split.get_additional_models_with_key("multigpu")
-    assert copy.model is not model.model and copy.load_device == devices[1]
     hooks = comfy.hooks.create_hook_lora(lora_file(env, seed=5), 0.5, 0.0)
     positive = node("hooks", "ConditioningSetProperties", env.prompt, 1.0, "default", hooks=hooks)
-    return sample(split, env, positive, cfg=2.0)
+    with two_devices(model) as (model, _):
+        split = node("multigpu", "MultiGPUCFGSplitNode", with_lora(model, lora_file(env)), 2)
+        return sample_on_both(split, env, positive)
+
+
+@case("MultiGPU CFG Split before the LoRA, whose strength then changes")
+def _(model, env):
+    with two_devices(model) as (model, _):
+        split = node("multigpu", "MultiGPUCFGSplitNode", model, 2)
+        strong, weak = (sample_on_both(with_lora(split, lora_file(env), strength), env) for strength in (0.9, 0.3))
+        assert relative(weak, strong) > 1e-3
+        assert relative(sample_on_both(split, env), weak) > 1e-3
+    return weak
+
+
+@case("MultiGPU CFG Split: another run takes the copy that is loaded")
+def _(model, env):
+    with two_devices(model) as (model, _):
+        first = node("multigpu", "MultiGPUCFGSplitNode", model, 2)
+        before = sample_on_both(first, env)
+        again = node("multigpu", "MultiGPUCFGSplitNode", with_lora(model, lora_file(env)), 2)
+        copies = [split.get_additional_models_with_key("multigpu")[0].model for split in (first, again)]
+        assert copies[0] is copies[1]
+        latent = sample_on_both(again, env)
+        assert torch.equal(sample_on_both(first, env), before)
+    return latent
+
+
+@case("SelectModelDevice: an independent copy on another device, and back")
+def _(model, env):
+    from comfy_extras import nodes_multigpu
+
+    with two_devices(model) as (model, (here, there)):
+        patched = with_lora(model, lora_file(env))
+        # The node itself takes any CPU for the one that needs no copy.
+        moved = nodes_multigpu._retarget_patcher(patched.clone(), there, here)
+        assert moved.model is not model.model and moved.load_device == there
+        latent = sample(moved, env)
+        back = nodes_multigpu._retarget_patcher(moved.clone(), here, here)
+        assert torch.equal(sample(back, env), latent)
+    return latent
 
 
 @case("A second, independent copy of the model (clone with force_deepcopy)")

@@ -117,8 +117,6 @@ def test_weights_that_core_brings_are_used_before_the_next_ones_come(
     models, path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Core brings offloaded weights through buffers that it writes over: here, each time, all that came before."""
-    import contextlib
-
     import comfy.ops
 
     from svdq.model import flux, ops
@@ -142,7 +140,7 @@ def test_weights_that_core_brings_are_used_before_the_next_ones_come(
     cast = comfy.ops.cast_bias_weight
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", bring)
     for module in (flux, ops):
-        monkeypatch.setattr(module, "resident", lambda module, device: contextlib.nullcontext())
+        monkeypatch.setattr(module, "resident", lambda module, device, pins: None)
     assert relative(forward(fused, arguments, load=False), expected) < LIMIT
     assert layers.products == 2 * products and brought
 
@@ -235,6 +233,14 @@ def test_what_is_hooked_to_a_part_or_put_in_its_place_is_called(models, path: Pa
     handle.remove()
     assert seen
     assert layers.products < 2 * products
+    forward, products = part.forward, layers.products
+    part.forward = lambda *arguments: seen.append(3) or forward(*arguments)
+    assert relative(run(fused, arguments), expected) < LIMIT
+    assert 3 in seen
+    part.forward = forward  # the same as before: ComfyUI's bypass LoRA leaves it like this
+    before = layers.products
+    assert relative(run(fused, arguments), expected) < LIMIT
+    assert layers.products - before > before - products
 
     class Wrapped(torch.nn.Module):
         def __init__(self, inner):

@@ -32,7 +32,7 @@ def test_columns_inside_the_branch_are_columns_beside_it(comfy, axis: int, rank:
     n, k = (384, 128) if axis == 0 else (128, 384)
     generator = torch.Generator().manual_seed(rank)
     down, up = torch.randn(rank, k, generator=generator).half() * 0.1, torch.randn(n, rank, generator=generator).half()
-    columns = Columns((), down, up, (), ((rank, None),))
+    columns = Columns((), (1.0,), down, (up,), ((rank, None),), n)
     extended = extend_parts(parts, axis, columns)
     assert all(new.rank % 16 == 0 and new.rank >= old.rank + rank for new, old in zip(extended, parts, strict=True))
     before, _ = reference.dequantize_parts(parts, axis, torch.float32)
@@ -44,10 +44,8 @@ def test_parts_that_a_lora_does_not_touch_stay_as_they_are(comfy) -> None:
     from svdq.model.lora import Columns, extend_parts
 
     parts = (part(256, 128, 16), part(128, 128, 32))
-    up = torch.zeros(384, 12).half()
-    up[:128, :8] = 1
-    up[128:256, 8:] = 1
-    columns = Columns((), torch.ones(12, 128).half(), up, (), ((8, (0, 0, 128)), (4, (0, 128, 128))))
+    ups, spans = (torch.ones(128, 8), torch.ones(128, 4)), ((8, (0, 0, 128)), (4, (0, 128, 128)))
+    columns = Columns((), (1.0, 1.0), torch.ones(12, 128).half(), ups, spans, 384)
     assert [columns.used(0, *rows) for rows in ((0, 256), (0, 64), (128, 256), (256, 384))] == [
         [slice(0, 12)], [slice(0, 8)], [slice(8, 12)], []
     ]  # fmt: skip
@@ -55,3 +53,41 @@ def test_parts_that_a_lora_does_not_touch_stay_as_they_are(comfy) -> None:
     extended = extend_parts(parts, 0, columns)
     assert extended[0].rank == 32
     assert extended[1] is parts[1]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_another_strength_in_place_is_that_strength_from_the_start(comfy, axis: int) -> None:
+    """Two LoRAs of ranks that need padding, one of them for some rows or inputs only, so that a part has but one."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    from svdq.model.lora import build_columns, change_strengths, extend_parts
+
+    parts = (part(256, 128, 16), part(128, 128, 32)) if axis == 0 else (part(128, 128, 16), part(128, 256, 32, True))
+    shape = (384, 128) if axis == 0 else (128, 384)
+    offset = (axis, 0, 64)
+    generator = torch.Generator().manual_seed(axis)
+
+    def adapter(rank: int, n: int, k: int, alpha: float | None) -> LoRAAdapter:
+        up, down = (torch.randn(*size, generator=generator).bfloat16() for size in ((n, rank), (rank, k)))
+        return LoRAAdapter(set(), (up, down, alpha, None, None, None))
+
+    whole = adapter(5, *shape, alpha=2.0)
+    partial = adapter(20, *((64, 128) if axis == 0 else (128, 64)), alpha=None)
+
+    def columns(first: float, second: float, cached=None):
+        # ComfyUI makes new adapters of the same tensors.
+        values = [LoRAAdapter(set(), value.weights) for value in (whole, partial)]
+        patches = [(first, values[0], 1.0, None, None), (second, values[1], 1.0, offset, None)]
+        return build_columns(patches, shape, torch.device("cpu"), torch.float16, cached)
+
+    before = columns(1.0, 0.3)
+    assert columns(1.0, 0.3, before) is before
+    after = columns(-0.7, 0.9, before)
+    assert after.down is before.down and after.ups is before.ups
+    changed, expected = extend_parts(parts, axis, before), extend_parts(parts, axis, columns(-0.7, 0.9))
+    places = [new.proj_up.data_ptr() for new in changed]
+    change_strengths(parts, axis, after, [new.proj_up for new in changed])
+    for new, fresh, place in zip(changed, expected, places, strict=True):
+        assert torch.equal(new.proj_down, fresh.proj_down) and torch.equal(new.proj_up, fresh.proj_up)
+        assert new.proj_up.data_ptr() == place
+    assert torch.equal(after.up, columns(-0.7, 0.9).up)

@@ -115,6 +115,84 @@ def test_a_partly_loaded_model(share: float, env: SimpleNamespace) -> None:
     assert relative(actual, expected) <= LIMIT
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_other_loras_leave_the_model_where_it_is(share: float, env: SimpleNamespace) -> None:
+    """Another LoRA, and none, leave the model where it is, loaded as a whole or in part; LoRAs on 16-bit layers are
+    applied by ComfyUI, which loads the model anew."""
+    import comfy.model_management as management
+    from comfy.model_patcher import ModelPatcher
+    from comfy.patcher_extension import CallbacksMP
+
+    base = env.pair("dev")[0]
+    first, second = with_lora(base, kind(env, "LoRA")), with_lora(base, kind(env, "LoHa", seed=5), -0.6)
+    plain_layer = with_lora(base, kind(env, "LoRA", layers=(*LAYERS, "img_in")))
+    models, loads, told = [base, first, second, base, plain_layer, first, first], [], []
+    expected = []
+    for model in models:
+        management.unload_all_models()
+        expected.append(sample(model, env))
+    management.unload_all_models()
+    clones = [model.clone() for model in models]
+    for clone in clones:
+        clone.add_callback(CallbacksMP.ON_LOAD, lambda patcher, *_: told.append(patcher))
+    load, part = ModelPatcher.load, int(base.model_size() * share)
+    budget = {"lowvram_model_memory": part, "full_load": False} if share < 1 else {}
+
+    def counted(self, device, **options):
+        if self.model is base.model:
+            loads.append(self)
+        return load(self, device, **(options | (budget if self.model is base.model else {})))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelPatcher, "load", counted)
+        for clone, latent in zip(clones, expected, strict=True):
+            there = [getattr(module, "comfy_patched_weights", False) for module in base.model.modules()]
+            assert relative(sample(clone, env), latent) <= (0 if share == 1 else LIMIT)
+            if clone in clones[1:4]:
+                assert there == [getattr(m, "comfy_patched_weights", False) for m in base.model.modules()]
+    management.unload_all_models()
+    if share == 1:
+        assert loads == [clones[0], clones[4], clones[5]], "only with 16-bit layers, and back, is it loaded anew"
+        assert told == clones[:6], "once for each change"
+
+
+def test_dynamic_vram_keeps_what_loras_do_not_change(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy.model_patcher import ModelPatcherDynamic
+
+    from svdq.model.patcher import SVDQModelPatcherDynamic, quantized_modules
+
+    model = env.pair("dev")[0].model
+    modules = quantized_modules(model)
+    before, with_bias, without = modules[:3]
+    assert not any(module.owns("bias") for module in modules[:3])
+
+    def load(self, device, dirty: bool = False) -> None:
+        """What core does to the modules of a model whose patches have changed, if it is ``dirty``."""
+        for module in modules:
+            if dirty:
+                module._v_signature = None
+            module.bias_lowvram_function = None
+        with_bias.bias_lowvram_function = object()
+
+    patcher = object.__new__(SVDQModelPatcherDynamic)  # one that is made needs the GPU's library
+    patcher.model = model
+    monkeypatch.setattr(ModelPatcherDynamic, "load", load)
+    try:
+        for module in modules:
+            module._v, module._v_signature = object(), "there"
+        before.bias_lowvram_function = object()
+        patcher.load("cuda")
+        assert all(module._v_signature == "there" for module in modules)
+        before.bias_lowvram_function, with_bias.bias_lowvram_function = object(), None
+        patcher.load("cuda", dirty=True)
+        assert [module for module in modules if module._v_signature is None] == [before, with_bias]
+        assert without._v_signature == "there"
+    finally:
+        for module in modules:
+            del module._v, module._v_signature
+            module.bias_lowvram_function = None
+
+
 # ---- what does not fit
 
 WRONG = {
