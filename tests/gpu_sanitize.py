@@ -17,15 +17,21 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import conftest  # noqa: F401  makes the clone importable as svdq
 import test_gemm_int4
+import test_gemm_int8
 import test_gemm_quantize
 import test_gemv
 import test_quantize
+import test_quantize_int8
 import torch
+import triton
 from checks import OUTPUT_ROUNDING, assert_codes_close, relative_error
 
 from svdq.kernels import act_layout, reference
 from svdq.kernels.device import describe
+from svdq.kernels.gemm_int8 import HOPPER_TRITON, gemm_w8a8
+from svdq.kernels.quantize_int8 import Cut
 from svdq.kernels.tiles import TILES, Tile
+from svdq.kernels.weights_int8 import expand_w4_to_int8
 
 M, N, K, RANK = 70, 384, 256, 32  # M: two blocks of 64 tokens, the second nearly empty; N: one head of each of q, k, v
 DTYPE = torch.bfloat16
@@ -92,6 +98,26 @@ def quantize(act_unsigned: bool, rank: int) -> None:
     test_quantize.check(x, test_quantize.random_layer(K, rank, DTYPE, act_unsigned))
 
 
+def quantize_int8(act_unsigned: bool, batches: int) -> None:
+    # In one slice: blocks that wait for each other could wait for ever under a tool that runs them one by one.
+    test_quantize_int8.check(M, 2 * K, RANK, act_unsigned, batches, DTYPE, Cut(1, 4))
+
+
+def expand(act_unsigned: bool) -> None:
+    layer = test_gemm_int8.layer(N, K, RANK, DTYPE, act_unsigned)
+    expanded = expand_w4_to_int8(test_gemm_int4.on_gpu(layer.pack()))
+    q, scales, sums = reference.expand_w4_to_int8(layer)
+    assert torch.equal(expanded.q.cpu(), q) and torch.equal(expanded.scales.cpu(), scales)
+    assert not act_unsigned or torch.equal(expanded.sums.cpu(), sums)
+
+
+def gemm_int8(kernel: str) -> None:
+    operands = test_gemm_int8.problem(M, N, K, RANK, DTYPE)
+    expected = test_gemm_int8.exact(*operands)
+    for tile in test_gemm_int8.tiles(kernel):
+        _check(gemm_w8a8(*operands, tile=tile), expected.cpu())
+
+
 def gemv(rows: int) -> None:
     from svdq.kernels.gemv import gemv_w4a16
 
@@ -115,6 +141,15 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield name, lambda u=act_unsigned, r=rank: quantize(u, r)
     for rows in (1, 3, 8):
         yield f"gemv {rows}", lambda r=rows: gemv(r)
+    for act_unsigned in (False, True):
+        sign = "unsigned" if act_unsigned else "signed"
+        yield f"expand to int8, {sign}", lambda u=act_unsigned: expand(u)
+        for batches in (0, 2):  # of the norm
+            name = f"quantize to int8, {sign}, {'norm' if batches else 'plain'}"
+            yield name, lambda u=act_unsigned, b=batches: quantize_int8(u, b)
+    yield "gemm int8", lambda: gemm_int8("plain")
+    if arch == "sm_90" and triton.__version__.startswith(HOPPER_TRITON):
+        yield "gemm int8 for Hopper", lambda: gemm_int8("hopper")
 
 
 def main() -> int:
