@@ -43,6 +43,7 @@ class ComfyServer:
         install_pack: False leaves custom_nodes as it is.
         log: where ComfyUI's output goes; default: comfyui.log in the base directory.
         start_timeout: seconds until a server that does not answer counts as failed.
+        environ: variables to set for it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ComfyServer:
         install_pack: bool = True,
         log: Path | None = None,
         start_timeout: float = 180.0,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.base_directory = Path(base_directory).absolute()
         self.comfyui = Path(comfyui or comfyui_path())
@@ -70,6 +72,7 @@ class ComfyServer:
         self._model_folders = dict(model_folders or {})
         self._install_pack = install_pack
         self._start_timeout = start_timeout
+        self._more_environ = dict(environ or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ComfyServer:
@@ -173,7 +176,7 @@ class ComfyServer:
         if comfyui_of_user() is not None:
             # Nothing of ours goes into the person's folders, bytecode neither.
             environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        return environ
+        return environ | self._more_environ
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout

@@ -1,4 +1,4 @@
-"""``demo``: one picture through the real ComfyUI, from a tiny generated checkpoint or from a real one.
+"""``demo``: one picture through the real ComfyUI, from the tiny FLUX in assets/ or from a real checkpoint.
 
 ComfyUI is started headless with this pack installed, a shipped workflow is queued over HTTP, and the picture is saved.
 """
@@ -29,7 +29,11 @@ DEMO_WORKFLOW = "SVDQ FLUX demo.json"
 DEV_WORKFLOW = "SVDQ FLUX dev - text to image.json"
 SCHNELL_WORKFLOW = "SVDQ FLUX schnell - text to image.json"
 SCHNELL_STEPS = 4
-DEMO_SEED = 3  # of the tiny model's weights; its pictures have more structure than others'
+ASSETS = ROOT / "assets"
+# Files of ASSETS, under which names the demo workflow asks for them: that of the model, and this one.
+DEMO_VAE = "demo-flux-vae.safetensors"
+# Stands in for the VAE of other models.
+FORMULA_VAE = "svdq-demo-formula-vae.safetensors"
 
 # Width of FLUX.1's T5 embedding. A file with another one is a test model, for which no text encoder exists.
 T5_WIDTH = 4096
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 class Job:
     """What to run: a shipped workflow, the model files it gets, and the options of the command line.
 
-    ``stand_ins`` is true where the demo prompt and the demo VAE take the place of text encoders and VAE.
+    ``stand_ins`` is true where the demo prompt and a demo VAE take the place of text encoders and VAE.
     """
 
     def __init__(self, args: argparse.Namespace, models: Path) -> None:
@@ -99,20 +103,19 @@ class Job:
         return self._args.model.absolute() if self._args.model else self._models / "diffusion_models" / self.model_name
 
     def prepare_models(self) -> None:
-        """Write the demo's small files, or link to the given ones; nothing big is copied."""
+        """Copy the demo's small files, or link to the given ones; nothing big is copied."""
         if self._checkpoint is None:
-            from .synth import synth
-
-            path = self._models / "diffusion_models" / self.model_name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            synth(path, variant="dev", scale="tiny", seed=DEMO_SEED, rank=16, force=True)
+            _copy_asset(self.model_name, self._models / "diffusion_models" / self.model_name)
         else:
             self.model_name = _link(self._args.model, self._models / "diffusion_models")
         if self._args.vae:
             self.vae_name = _link(self._args.vae, self._models / "vae")
+        elif self._checkpoint is None:
+            _copy_asset(DEMO_VAE, self._models / "vae" / self.vae_name)
         elif self.stand_ins:
             from ..loaders.demo_assets import write_demo_vae
 
+            self.vae_name = FORMULA_VAE
             write_demo_vae(self._models / "vae" / self.vae_name)
 
     def prompt(self, object_info: dict[str, Any]) -> Prompt:
@@ -137,7 +140,10 @@ class Job:
     def remark(self) -> str | None:
         """What a person should know before the picture is made."""
         if self._checkpoint is None:
-            return "A tiny model with random weights: the picture shows that every part works, and nothing else."
+            return (
+                "A tiny FLUX, trained for this demo on pictures of 128x128: it draws signs that say a word of 2 to 7 "
+                "small letters, and coloured shapes."
+            )
         if self._args.demo_prompt:
             return "Demo prompt as asked: the picture has nothing to do with the text."
         if self.stand_ins:
@@ -206,7 +212,11 @@ def _run_comfyui(args: argparse.Namespace, job: Job, base: Path, clock: Clock) -
     """Start ComfyUI, make and save the picture, report, and with --serve wait for Ctrl-C."""
     folders = {"text_encoders": [args.text_encoders.absolute()]} if args.text_encoders else {}
     previews = ("--preview-method", "latent2rgb")  # as most people have it; ComfyUI starts without
-    server = ComfyServer(base, cpu=args.cpu or None, extra_arguments=previews, model_folders=folders)
+    # Where other programs keep the cores busy, threads wait for each other much longer than this model computes.
+    environ = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if args.model is None else {}
+    server = ComfyServer(
+        base, cpu=args.cpu or None, extra_arguments=previews, model_folders=folders, environ=environ
+    )  # fmt: skip
     print("Starting ComfyUI ...", flush=True)
     try:
         with server:
@@ -294,6 +304,15 @@ def _check_paths(args: argparse.Namespace) -> None:
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder; name a file")
     args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _copy_asset(name: str, target: Path) -> None:
+    """Make a file of ``ASSETS`` a model of ComfyUI's. Raises UserError if it is not there."""
+    source = ASSETS / name
+    if not source.is_file():
+        raise UserError(f"{source} is missing: this copy of the pack is not complete; clone it again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, source.read_bytes())
 
 
 def _link(path: Path, folder: Path) -> str:

@@ -1,24 +1,25 @@
 """Stand-ins for the two big files of a FLUX workflow, so that a tiny checkpoint runs end to end with no download.
 
 * ``demo_prompt_embedding``: text -> the two tensors that FLUX wants from its text encoders (``context``
-  from T5, ``pooled`` from CLIP).
+  from T5, ``pooled`` from CLIP). The tiny FLUX in assets/ was trained on them.
 * ``write_demo_vae``: a small file in the TAESD layout that ComfyUI's stock VAE loader reads, with weights set by
   formula: a latent pixel is one colour, decoding interpolates between them, encoding averages 8 x 8 pixels.
 
-Neither has learned anything: a picture made with them shows that every part works, and nothing else.
+Both are formulas. The trained VAE of the tiny FLUX lies in assets/.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import torch
 
-from .write import Spec, safetensors_writer
+from .write import write_tensors
 
-DEMO_PROMPT_TOKENS = 128
+DEMO_PROMPT_TOKENS = 80
+_PLACES = 32  # a longer word's bytes, or a longer text's words, share the last code
+PROMPT_FEATURES = 128 + 4 * _PLACES
 
 # FLUX's latent space: 16 channels; a file stores latents as z / SCALE + SHIFT, the model works on z.
 LATENT_CHANNELS = 16
@@ -48,39 +49,81 @@ _CENTRE = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], dtyp
 def demo_prompt_embedding(
     text: str, context_in_dim: int, vec_in_dim: int, tokens: int = DEMO_PROMPT_TOKENS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Deterministic stand-in for the text encoders.
+    """What takes the place of the text encoders: one token for each UTF-8 byte, set by formula.
 
-    The UTF-8 bytes of ``text`` are dealt out to the tokens in order; each token is a unit-variance random vector whose
-    seed is its position and its bytes, so one changed letter changes one token. The whole text seeds the pooled vector.
+    A token has 256 features of +1 or -1: which byte it is, its place in its word, how many bytes of the word are left,
+    which word it is, and how many words are left, each as a row of a Hadamard matrix, so that different values are
+    orthogonal. Behind the text tokens are zero. A text with more bytes than tokens shares each token among several.
+    The pooled vector is the sum of the tokens, scaled to a root mean square of 1. Models of another width than 256
+    get both through a fixed random mixture of the features.
 
     Returns:
         context: float32 ``[1, tokens, context_in_dim]``.
         pooled: float32 ``[1, vec_in_dim]``.
     """
     data = text.encode("utf-8")
+    features = byte_features(torch.tensor(byte_numbers(data), dtype=torch.uint8).reshape(-1, 5))
     per_token = max(1, -(-len(data) // tokens))
-    shares = [data[i * per_token : (i + 1) * per_token] for i in range(tokens)]
-    context = torch.stack([_seeded_normal(b"token %d " % i + s, context_in_dim) for i, s in enumerate(shares)])
-    return context.unsqueeze(0), _seeded_normal(b"pooled " + data, vec_in_dim).unsqueeze(0)
+    context = torch.zeros(tokens * per_token, PROMPT_FEATURES)
+    context[: len(data)] = features
+    context = context.reshape(tokens, per_token, PROMPT_FEATURES).sum(1) / per_token**0.5
+    pooled = pool_tokens(context)
+    return _mixed(context, context_in_dim).unsqueeze(0), _mixed(pooled, vec_in_dim).unsqueeze(0)
 
 
-def _seeded_normal(seed: bytes, size: int) -> torch.Tensor:
-    """``[size]`` standard normal values that depend on ``seed`` only."""
-    digest = hashlib.blake2b(seed, digest_size=8).digest()
-    # manual_seed takes a signed 64-bit number.
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-    return torch.randn(size, generator=generator)
+def byte_numbers(data: bytes) -> list[tuple[int, int, int, int, int]]:
+    """For each byte of a text: the byte, its place in its word, bytes of the word that are left, index of the word,
+    words that are left. All but the first stop at 31; a space belongs to the word before it."""
+    numbers = []
+    words = data.replace(b"\n", b" ").split(b" ")
+    position = 0
+    for index, word in enumerate(words):
+        for place in range(len(word) + (index < len(words) - 1)):
+            counts = (place, len(word) - place, index, len(words) - 1 - index)
+            numbers.append((data[position], *(min(count, _PLACES - 1) for count in counts)))
+            position += 1
+    return numbers
+
+
+def byte_features(numbers: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[..., 5]`` of :func:`byte_numbers` -> float32 ``[..., 256]`` of +1 and -1."""
+    device = numbers.device
+    byte, *counts = numbers.long().unbind(-1)
+    # Orthogonal codes for ASCII; other bytes have the negative of one.
+    which = _hadamard(128, device)[byte & 127] * (1 - 2 * (byte >> 7)).unsqueeze(-1)
+    where = _hadamard(_PLACES, device)
+    return torch.cat((which, *(where[count] for count in counts)), dim=-1)
+
+
+def pool_tokens(context: torch.Tensor) -> torch.Tensor:
+    """``[..., tokens, channels]`` -> ``[..., channels]``: the sum, scaled to a root mean square of 1."""
+    pooled = context.sum(-2)
+    return pooled / pooled.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def _hadamard(size: int, device: torch.device) -> torch.Tensor:
+    """float32 ``[size, size]`` of +1 and -1, orthogonal rows; ``size`` a power of 2."""
+    matrix = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
+def _mixed(features: torch.Tensor, width: int) -> torch.Tensor:
+    """``[..., 256]`` to ``[..., width]``, with the same mean square; the features themselves if the width is theirs."""
+    if width == PROMPT_FEATURES:
+        return features
+    signs = torch.empty(PROMPT_FEATURES * width, dtype=torch.int8)
+    # Integers: the same on every machine, which the last bits of torch.randn are not.
+    signs.random_(0, 2, generator=torch.Generator().manual_seed(0))
+    return features @ (2.0 * signs.reshape(PROMPT_FEATURES, width) - 1) / PROMPT_FEATURES**0.5
 
 
 def write_demo_vae(path: str | os.PathLike[str]) -> None:
     """Write the demo VAE as safetensors (fp16, 5 MB). The file appears complete or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = demo_vae_state_dict()
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with safetensors_writer(path, specs, {"format": "pt"}, force=True) as write:
-        for name, tensor in tensors.items():
-            write(name, tensor)
+    write_tensors(path, demo_vae_state_dict(), {"format": "pt"}, force=True)
 
 
 def demo_vae_state_dict() -> dict[str, torch.Tensor]:

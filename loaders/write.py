@@ -83,6 +83,16 @@ def safetensors_writer(
         os.replace(unfinished, path)
 
 
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], force: bool = False
+) -> None:
+    """Write tensors that are in memory; otherwise as :func:`safetensors_writer`."""
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with safetensors_writer(path, specs, metadata, force) as write:
+        for name, tensor in tensors.items():
+            write(name, tensor)
+
+
 def check_target(path: Path, nbytes: int, force: bool) -> None:
     """Raise CheckpointError if ``nbytes`` cannot be written to ``path``: see :func:`safetensors_writer`."""
     folder = path.absolute().parent

@@ -10,7 +10,7 @@ from ..loaders.demo_assets import demo_prompt_embedding
 
 
 class SVDQDemoPrompt(io.ComfyNode):
-    """Turns text into numbers of the right shape and no meaning."""
+    """Turns text into one token per byte, by formula: enough for the demo's tiny FLUX, which was trained on them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -20,9 +20,9 @@ class SVDQDemoPrompt(io.ComfyNode):
             category="SVDQ",
             is_experimental=True,
             description=(
-                "For the demo only: turns text into a repeatable pseudo-random conditioning of the size that the model "
-                "expects, so that tiny checkpoints run without the 5 GB text encoders. With a real FLUX checkpoint the "
-                "picture has nothing to do with the text; use DualCLIPLoader and CLIP Text Encode there."
+                "For the demo only: turns each byte of a text into a token by formula, so that the demo's tiny FLUX, "
+                "which was trained on such tokens, runs without the 5 GB text encoders. With a real FLUX checkpoint "
+                "the picture has nothing to do with the text; use DualCLIPLoader and CLIP Text Encode there."
             ),
             search_aliases=["demo", "test prompt", "no text encoder", "dummy conditioning", "svdq"],
             inputs=[
@@ -30,8 +30,11 @@ class SVDQDemoPrompt(io.ComfyNode):
                 io.String.Input(
                     "text",
                     multiline=True,
-                    default="a small house",
-                    tooltip="Any text. Each letter changes the picture, none of them describes it.",
+                    default="a sign that says hello",
+                    tooltip=(
+                        "What the picture should show. The demo's model knows signs that say a word of 2 to 7 small "
+                        "letters, and coloured shapes."
+                    ),
                 ),
             ],
             outputs=[

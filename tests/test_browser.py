@@ -187,7 +187,7 @@ def test_demo_from_template_browser_to_picture(editor: Editor) -> None:
     empty = editor.colourfulness("SaveImage")
     editor.click("[data-testid=queue-button]")
     picture = editor.wait(editor.pictures, "a picture in the Save Image node")[0]
-    assert picture["width"] == 256
+    assert picture["width"] == 128
     editor.server.wait_until_idle()
     editor.wait(lambda: editor.colourfulness("SaveImage") > empty + 2, "the picture to be drawn")
     editor.save_screenshot(SCREENSHOT)

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from svdq.loaders import CheckpointError
-from svdq.loaders.demo_assets import DEMO_PROMPT_TOKENS, demo_prompt_embedding, write_demo_vae
+from svdq.loaders.demo_assets import (
+    DEMO_PROMPT_TOKENS,
+    PROMPT_FEATURES,
+    byte_features,
+    byte_numbers,
+    demo_prompt_embedding,
+    write_demo_vae,
+)
 from svdq.loaders.legacy import BLOCKS_FILE, OUTER_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +79,7 @@ def test_node_ids_and_inputs_are_those_of_saved_workflows(nodes: ModuleType) -> 
     """Public names: workflows on people's disks hold them. Add, never rename or reorder."""
     inputs = {node_id: [entry.id for entry in schema.inputs] for node_id, schema in schemas(nodes).items()}
     assert inputs == {
-        "SVDQFluxLoader": ["model_name", "precision"],
+        "SVDQFluxLoader": ["model_name", "precision", "weights"],
         "SVDQFluxSampler": [
             "model", "positive", "latent_image", "seed", "steps", "guidance", "sampler_name", "scheduler", "denoise",
             "cfg", "negative",
@@ -93,6 +100,21 @@ def test_precisions_are_those_of_the_kernels(nodes: ModuleType) -> None:
 
     (precision,) = (entry for entry in schemas(nodes)["SVDQFluxLoader"].inputs if entry.id == "precision")
     assert tuple(precision.options) == PRECISIONS and precision.default == "auto"
+
+
+@pytest.mark.comfy
+def test_a_saved_workflow_without_weights_is_one_with_auto(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdq.model import WEIGHTS
+    from svdq.nodes import flux_loader
+
+    (weights,) = (entry for entry in schemas(nodes)["SVDQFluxLoader"].inputs if entry.id == "weights")
+    assert tuple(weights.options) == WEIGHTS and weights.default == "auto" and weights.optional
+    seen = []
+    monkeypatch.setattr(flux_loader, "load_flux", lambda path, **options: seen.append(options))
+    monkeypatch.setattr(flux_loader, "model_path", str)
+    for given in ({}, {"weights": "int8"}):
+        flux_loader.SVDQFluxLoader.execute("file", "int8", **given)
+    assert seen == [{"precision": "int8", "weights": "auto"}, {"precision": "int8", "weights": "int8"}]
 
 
 @pytest.mark.comfy
@@ -249,26 +271,49 @@ def test_pack_never_imports_its_nodes_by_an_absolute_name(comfy: ModuleType) -> 
     assert Path(sys.modules["nodes"].__file__).name == "nodes.py"
 
 
-def test_demo_embedding_is_deterministic_and_follows_the_text() -> None:
-    context, pooled = demo_prompt_embedding("a small house", 256, 96)
-    assert context.shape == (1, DEMO_PROMPT_TOKENS, 256) and pooled.shape == (1, 96)
-    again = demo_prompt_embedding("a small house", 256, 96)
-    assert torch.equal(context, again[0]) and torch.equal(pooled, again[1])
-    # The same numbers on every machine; the last bits of torch.randn depend on the processor.
-    assert context[0, 0, :3].tolist() == pytest.approx([-0.780897, -1.212762, -0.190353], abs=1e-5)
+def test_demo_embedding_has_a_token_for_each_byte() -> None:
+    text = "a small house"
+    context, pooled = demo_prompt_embedding(text, PROMPT_FEATURES, PROMPT_FEATURES)
+    assert context.shape == (1, DEMO_PROMPT_TOKENS, PROMPT_FEATURES) and pooled.shape == (1, PROMPT_FEATURES)
+    assert (context[0, : len(text)].abs() == 1).all() and not context[0, len(text) :].any()
+    assert pooled.square().mean().item() == pytest.approx(1)
 
-    changed, changed_pooled = demo_prompt_embedding("a small mouse", 256, 96)
+    changed, changed_pooled = demo_prompt_embedding("a small mouse", PROMPT_FEATURES, PROMPT_FEATURES)
     differs = (changed != context).any(-1)[0]
     assert differs.nonzero().flatten().tolist() == [8]
     assert not torch.equal(pooled, changed_pooled)
 
 
-@pytest.mark.parametrize("text", ["", "a", "ä", "x" * 1000, "line\nbreak"])
-def test_demo_embedding_has_unit_variance(text: str) -> None:
-    context, pooled = demo_prompt_embedding(text, 512, 768)
-    assert context.isfinite().all() and pooled.isfinite().all()
-    assert context.std().item() == pytest.approx(1, abs=0.02)
-    assert context.mean().item() == pytest.approx(0, abs=0.02)
+def test_demo_embedding_tells_bytes_and_places_apart() -> None:
+    """Every byte, and every place that the features can tell, has a code of its own; those of ASCII are orthogonal."""
+    bytes_ = torch.zeros(256, 5, dtype=torch.uint8)
+    bytes_[:, 0] = torch.arange(256)
+    codes = byte_features(bytes_)[:, :128]
+    assert len(codes.unique(dim=0)) == 256
+    assert torch.equal(codes[:128] @ codes[:128].t(), 128 * torch.eye(128))
+
+    numbers = byte_numbers(b"to be\nor not")
+    assert [row[0] for row in numbers] == list(b"to be\nor not")
+    # place in the word, bytes left of it, index of the word, words left; a space ends its word
+    assert [row[1:] for row in numbers[:4]] == [(0, 2, 0, 3), (1, 1, 0, 3), (2, 0, 0, 3), (0, 2, 1, 2)]
+    assert numbers[-1][1:] == (2, 1, 3, 0)
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("text", ["", "a", "ä", "x" * 1000, "line\nbreak", "  two  spaces "])
+def test_demo_embedding_fits_any_model(text: str) -> None:
+    tokens = min(len(text.encode()), DEMO_PROMPT_TOKENS)
+    for widths in ((64, 8), (128, 64), (4096, 768)):
+        context, pooled = demo_prompt_embedding(text, *widths)
+        assert context.shape == (1, DEMO_PROMPT_TOKENS, widths[0]) and pooled.shape == (1, widths[1])
+        assert context.isfinite().all() and pooled.isfinite().all()
+        assert int(context.any(-1).sum()) == (77 if len(text) == 1000 else tokens)  # 13 bytes share a token
+
+
+def test_demo_embedding_is_the_same_on_every_machine() -> None:
+    context, pooled = demo_prompt_embedding("a sign", 8, 4)
+    assert context[0, 0, :4].tolist() == pytest.approx([-2.0, 1.125, -2.0, 0.375], abs=1e-5)
+    assert pooled[0].tolist() == pytest.approx([-0.468521, 0.546608, 1.405564, -0.937043], abs=1e-5)
 
 
 def test_every_byte_of_a_long_text_counts() -> None:
