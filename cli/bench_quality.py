@@ -29,10 +29,11 @@ _CALIBRATION = 32  # prompts
 _ITERATIONS = 8  # of the quantizer; what it does if not told otherwise
 _PIXELS = 128
 _BATCH = 256
-_QUICK = {"steps": 4, "iterations": 1}  # below FEWEST prompts: whether everything works, on a CPU in a minute
+# Below FEWEST prompts: whether everything works, on a CPU in a minute.
+_QUICK = {"steps": 3, "calibration": 4, "iterations": 1}
 # Of FLUX.1-dev's size: few prompts, because each has hundreds of tokens, and few rounds.
 _FULL_SIZE = {"prompts": 8, "calibration": 8, "size": 256, "steps": 2, "iterations": 2, "batch": 8}
-_FULL_SIZE_CPU = {  # a quarter of an hour; GPTQ alone would take longer
+_FULL_SIZE_CPU = {  # half an hour; GPTQ alone would take longer
     "names": ["fp8", "int8", "nf4", "q4-0", "naive", "smooth", "r32", "r32-free", "r32-int8"],
     "prompts": 2, "calibration": 2, "size": 128, "steps": 2, "iterations": 1, "batch": 2,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
-from ..kernels.layout import concat_lowrank, pack_lowrank_down, pack_lowrank_up, replace_lowrank
+from ..kernels.layout import pack_lowrank_up, replace_lowrank
 
 log = logging.getLogger(__name__)
 
@@ -193,16 +193,7 @@ def build_columns(
 
 def extend_parts(parts: tuple[PackedW4A4, ...], axis: int, columns: Columns) -> tuple[PackedW4A4, ...]:
     """The parts of a linear (see layout_svdq.py) with ``columns`` in their low-rank branches, ranks padded by zeros."""
-    extended = []
-    for part, down, up in _by_part(parts, axis, columns):
-        if up is not None:
-            part = dataclasses.replace(
-                part,
-                proj_down=concat_lowrank(part.proj_down, pack_lowrank_down(down.to(part.proj_down.dtype))),
-                proj_up=concat_lowrank(part.proj_up, pack_lowrank_up(up.to(part.proj_up.dtype))),
-            )
-        extended.append(part)
-    return tuple(extended)
+    return tuple(part if up is None else part.extended(down, up) for part, down, up in _by_part(parts, axis, columns))
 
 
 def change_strengths(

@@ -129,7 +129,7 @@ def _pictures(found: Mapping[str, Any], date: str) -> Iterator[str]:
         f"`{model['name']}`: {model['parameters'] / 1e6:.1f} million weights, hidden size {model['hidden_size']}, "
         f"{double} double and {single} single blocks. {about['prompts']} prompts, {about['steps']} steps of euler, "
         f"{about['size']} x {about['size']} pixels; calibrated on {about['calibration_prompts']} other prompts, "
-        f"{about['iterations']} rounds."
+        f"{_rounds(about)}."
     )
     yield ""
     yield f"![Prompts and configurations]({PICTURE})"
@@ -151,13 +151,17 @@ def _full_size(found: Mapping[str, Any]) -> Iterator[str]:
     yield _paragraph(
         f"One double and one single block of FLUX.1-dev's sizes with random heavy-tailed weights and outlier channels, "
         f"activations of {about['prompts']} prompts, calibrated on {about['calibration_prompts']} others, "
-        f"{about['iterations']} rounds ({about['device']}, {about['seconds']:.0f} s). SQNR in dB:"
+        f"{_rounds(about)} ({about['device']}, {about['seconds']:.0f} s). SQNR in dB:"
     )
     yield ""
     yield from _kind_table(found["rows"], bits=True)
     yield ""
     yield from _check_table(found["checks"])
     yield ""
+
+
+def _rounds(about: Mapping[str, Any]) -> str:
+    return f"{about['iterations']} round{'s' if about['iterations'] > 1 else ''} of the quantizer"
 
 
 def _paragraph(text: str) -> str:
