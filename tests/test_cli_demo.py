@@ -28,7 +28,12 @@ TEXT_ENCODERS = [
     "clip_l.safetensors",
 ]
 OBJECT_INFO: dict[str, Any] = {
-    "SVDQFluxLoader": {"input": {"required": {"model_name": ["COMBO"], "precision": ["COMBO"]}}},
+    "SVDQFluxLoader": {
+        "input": {
+            "required": {"model_name": ["COMBO"], "precision": ["COMBO"]},
+            "optional": {"weights": ["COMBO"]},
+        }
+    },
     "SVDQDemoPrompt": {"input": {"required": {"model": ["MODEL"], "text": ["STRING"]}}},
     "SVDQFluxSampler": {
         "input": {
