@@ -36,7 +36,7 @@ from .tensor_set import (
     check_rank,
     check_table,
     part_shape,
-    plain_shapes,
+    plain_table,
     read_config,
     variant,
 )
@@ -167,14 +167,9 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
 
 
 def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
-    plain = plain_shapes(config)
-    expected: TensorTable = {}
+    expected = plain_table(config, layers)
     for name, source in layers.items():
         if isinstance(source, PlainSource):
-            shape = plain.get(name, (128,))
-            expected[f"{name}.weight"] = (PLAIN, shape)
-            if source.has_bias:
-                expected[f"{name}.bias"] = (PLAIN, shape[:1])
             continue
         n, k = layer_shape(source, config)
         expected |= {

@@ -28,7 +28,7 @@ from .tensor_set import (
     check_rank,
     check_table,
     part_shape,
-    plain_shapes,
+    plain_table,
     read_config,
     variant,
 )
@@ -126,14 +126,9 @@ def layer_shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int
 
 
 def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
-    hidden, plain = config.hidden_size, plain_shapes(config)
-    expected: TensorTable = {}
+    hidden, expected = config.hidden_size, plain_table(config, layers)
     for name, source in layers.items():
         if isinstance(source, PlainSource):
-            shape = plain.get(name, (128,))
-            expected[f"{name}.weight"] = (PLAIN, shape)
-            if source.has_bias:
-                expected[f"{name}.bias"] = (PLAIN, shape[:1])
             continue
         rows, columns = layer_shape(source, config)
         expected |= {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..kernels import layout
 from ..kernels.int4 import GROUP, RANK_MULTIPLE
+from .flux_names import PlainSource, Source
 from .safetensors_file import TensorInfo, problem
 from .weights import FluxConfig
 
@@ -114,6 +115,19 @@ def plain_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
         shapes[f"{embedder}.in_layer"] = (hidden, width)
         shapes[f"{embedder}.out_layer"] = (hidden, hidden)
     return shapes
+
+
+def plain_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
+    """The tensors of all 16-bit layers, under stock names. Norms, which plain_shapes leaves out, have 128 values."""
+    shapes = plain_shapes(config)
+    expected: TensorTable = {}
+    for name, source in layers.items():
+        if isinstance(source, PlainSource):
+            shape = shapes.get(name, (128,))
+            expected[f"{name}.weight"] = (PLAIN, shape)
+            if source.has_bias:
+                expected[f"{name}.bias"] = (PLAIN, shape[:1])
+    return expected
 
 
 def part_shape(part: str, config: FluxConfig) -> tuple[int, int]:

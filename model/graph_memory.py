@@ -59,14 +59,13 @@ class Watch(TorchDispatchMode):
         """The first gap between those that are alive."""
         self._alive = [entry for entry in self._alive if not entry[0].expired()]
         size = -(-storage.nbytes() // _ALIGN) * _ALIGN
-        offset, at = 0, 0
-        for at, (_, first, last) in enumerate(self._alive):  # noqa: B007
+        offset = 0
+        for _, first, last in self._alive:
             if first - offset >= size:
                 break
             offset = last
-        else:
-            at = len(self._alive)
-        self._alive.insert(at, (StorageWeakRef(storage), offset, offset + size))
+        self._alive.append((StorageWeakRef(storage), offset, offset + size))
+        self._alive.sort(key=lambda entry: entry[1])
         self.plan.sizes.append(storage.nbytes())
         self.plan.offsets.append(offset)
         self.plan.total = max(self.plan.total, offset + size)
