@@ -25,6 +25,8 @@ import test_quantize_int8
 import torch
 import triton
 from checks import OUTPUT_ROUNDING, assert_codes_close, relative_error
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from svdq.kernels import act_layout, reference
 from svdq.kernels.device import describe
@@ -118,6 +120,31 @@ def gemm_int8(kernel: str) -> None:
         _check(gemm_w8a8(*operands, tile=tile), expected.cpu())
 
 
+@gluon.jit
+def _first(out):
+    offs = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(out + offs, offs)
+
+
+@gluon.jit
+def _second(out):
+    offs = 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(out + offs, offs)
+
+
+@gluon.jit
+def divided_kernel(out):
+    """Two groups of four warps, each of which writes numbers of its own."""
+    gl.warp_specialize([(_first, (out,)), (_second, (out,))], [4], [64])
+
+
+def warp_specialization() -> None:
+    """Of Triton, alone; see test_sanitizer.py."""
+    out = torch.empty(256, dtype=torch.int32, device="cuda")
+    divided_kernel[(1,)](out, num_warps=4)
+    assert torch.equal(out.cpu(), torch.arange(256, dtype=torch.int32))
+
+
 def gemv(rows: int) -> None:
     from svdq.kernels.gemv import gemv_w4a16
 
@@ -149,6 +176,7 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield name, lambda u=act_unsigned, b=batches: quantize_int8(u, b)
     yield "gemm int8", lambda: gemm_int8("plain")
     if arch == "sm_90" and triton.__version__.startswith(HOPPER_TRITON):
+        yield "warp specialization alone", warp_specialization
         yield "gemm int8 for Hopper", lambda: gemm_int8("hopper")
 
 
@@ -165,6 +193,7 @@ def main() -> int:
             print(f"{name}: WRONG: {error}", flush=True)
             wrong += 1
     torch.cuda.synchronize()
+    print(f"{wrong} cases: WRONG" if wrong else "every case: ok", flush=True)
     return 1 if wrong else 0
 
 
