@@ -59,7 +59,9 @@ def report(checkpoint_path: str, lora_path: str, weights: str, saved: str) -> di
     if blocks:
         kept = blocks[0].kept
         result |= {"kept": kept.held, "counted": kept.counted(blocks)}
-        assert torch.equal(forward(patcher, arguments), plain)
+        # A block has a graph once its weights stayed where they were for three passes; dynamic VRAM brings them in one.
+        for _ in range(3):
+            assert torch.equal(forward(patcher, arguments), plain)
         result |= {"blocks": len(blocks), "graphs": blocks[0].graphs.count()}
     lora = comfy.utils.load_torch_file(lora_path)
     patched = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0)[0]
