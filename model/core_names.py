@@ -21,11 +21,12 @@ NAMES = {
     "comfy.ldm.flux.layers": (
         "DoubleStreamBlock.forward(img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, "
         "transformer_options)",
-        "SingleStreamBlock.forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)", "Modulation",
-        "attention", ".img_attn", ".txt_mlp", ".linear1", ".linear2", ".hidden_size", ".num_heads",
+        "SingleStreamBlock.forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)",
+        "EmbedND.forward(ids)", "Modulation", "attention", ".axes_dim", ".hidden_size", ".img_attn", ".linear1",
+        ".linear2", ".num_heads", ".theta", ".txt_mlp",
     ),
     "comfy.ldm.flux.math": ("attention", "optimized_attention"),
-    "comfy.ldm.flux.model": ("Flux", ".double_blocks", ".single_blocks"),
+    "comfy.ldm.flux.model": ("Flux", ".double_blocks", ".pe_embedder", ".single_blocks"),
     "comfy.ldm.modules.attention": ("attention_pytorch",),
     "comfy.lora": ("calculate_weight(patches, weight, key, intermediate_dtype, original_weights)",),
     "comfy.memory_management": ("interpret_gathered_like(tensors, gathered)", "vram_aligned_size(tensor)"),
@@ -33,8 +34,8 @@ NAMES = {
         "cast_to_device(tensor, device, dtype)", "current_stream(device)", "device_supports_non_blocking",
         "free_memory(memory_required, device)", "get_free_memory", "get_offload_stream(device)", "get_torch_device",
         "get_total_memory", "minimum_inference_memory", "pin_memory(tensor)", "resolve_gpu_device_option",
-        "sync_stream(device, stream)", "synchronize", "throw_exception_if_processing_interrupted",
-        "unpin_memory(tensor)", ".as_context",
+        "supports_fp64(device)", "sync_stream(device, stream)", "synchronize",
+        "throw_exception_if_processing_interrupted", "unpin_memory(tensor)", ".as_context",
     ),
     "comfy.model_patcher": (
         "LowVramPatch(key, patches)", "ModelPatcher.__del__", "ModelPatcher.clone", "ModelPatcher.detach",

@@ -9,6 +9,7 @@ quantized one, gets the stock forward with our linears; both ways agree.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from typing import Any
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.ops
 import torch
-from comfy.ldm.flux.layers import DoubleStreamBlock, Modulation, SingleStreamBlock
+from comfy.ldm.flux.layers import DoubleStreamBlock, EmbedND, Modulation, SingleStreamBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -57,6 +59,33 @@ class Rotary:
             self._rows = torch.stack((pe[:, 0, :, :, 1, 0], pe[:, 0, :, :, 0, 0]), dim=-1).float().contiguous()
             self._pe = weakref.ref(pe)
         return self._rows
+
+
+class FusedEmbedND(EmbedND):
+    """ComfyUI's table of rotations, of all axes at once: 8 kernels instead of 36, each of which Python has to start
+    before the first block can. The same bits."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """float32 [B, 1, L, sum(axes_dim) / 2, 2, 2] of ids [B, L, axes]."""
+        fits = comfy.model_management.supports_fp64(ids.device) and ids.shape[-1] == len(self.axes_dim)
+        if torch.compiler.is_compiling() or not fits:
+            return super().forward(ids)
+        axes, omega = _frequencies(tuple(self.axes_dim), self.theta, ids.device)
+        angle = ids.float()[..., axes] * omega
+        cosine, sine = torch.cos(angle), torch.sin(angle)
+        pe = torch.stack((cosine, -sine, sine, cosine), dim=-1).float()
+        return pe.view(*angle.shape, 2, 2).unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=8)
+def _frequencies(axes_dim: tuple[int, ...], theta: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(axis int64 [P], radians float64 [P] for each position) of every pair of columns."""
+    with torch.inference_mode(False):
+        axes = torch.tensor([axis for axis, dim in enumerate(axes_dim) for _ in range(dim // 2)], device=device)
+        scales = [
+            torch.linspace(0, (dim - 2) / dim, steps=dim // 2, dtype=torch.float64, device=device) for dim in axes_dim
+        ]
+        return axes, torch.cat([1.0 / (theta**scale) for scale in scales])
 
 
 class _Weights:
@@ -413,6 +442,8 @@ def fuse_blocks(flux: nn.Module, backend: Backend, weights: str = "int4") -> Non
         return
     rotary, layers, graphs = Rotary(), backend.layers, BlockGraphs()
     kept = KeptWeights(layers, graphs, weights)
+    if type(flux.pe_embedder) is EmbedND:
+        flux.pe_embedder.__class__ = FusedEmbedND
     for blocks, stock, fused in (
         (flux.double_blocks, DoubleStreamBlock, FusedDoubleBlock),
         (flux.single_blocks, SingleStreamBlock, FusedSingleBlock),

@@ -145,6 +145,24 @@ def test_weights_that_core_brings_are_used_before_the_next_ones_come(
     assert layers.products == 2 * products and brought
 
 
+@pytest.mark.parametrize("axes_dim", [(16, 56, 56), (64, 64)])
+def test_rotations_are_the_stock_ones(comfy, axes_dim: tuple[int, ...]) -> None:
+    """To the last bit, at whole positions and at those between them, which some nodes make."""
+    from comfy.ldm.flux.layers import EmbedND
+
+    from svdq.model.flux import FusedEmbedND
+
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(0, 300, (2, 70, len(axes_dim)), generator=generator).float()
+    sizes = {"dim": sum(axes_dim), "theta": 10000, "axes_dim": list(axes_dim)}
+    stock, fused = EmbedND(**sizes), FusedEmbedND(**sizes)
+    for ids in (whole, whole[:1] * 0.37 - 5, whole.bfloat16()):
+        expected, found = stock(ids), fused(ids)
+        assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float32
+        assert torch.equal(found, expected)
+    assert torch.equal(fused(whole[..., :1]), stock(whole[..., :1])), "fewer axes than the model has"
+
+
 def test_torch_compile_leaves_blocks_out(models, path: Path) -> None:
     """The whole model, as TorchCompileModel does it, but for the backend."""
     fused, _, layers = models
