@@ -6,7 +6,8 @@ FILE is an SVDQuant checkpoint. Prints one line "ROW {json}" for each peer and s
 as ComfyUI runs; times are medians.
 
 A row: wall_ms (the step, waited for; spread_ms from fastest to slowest) · host_ms (until Python has started all of it)
-· gpu_ms (sum of its kernels) · kernels · product_ms and so on (by kind of kernel) · longest (name, ms, count) ·
+· loop_ms (a step of ten, waited for at the end, as a sampler runs them) · gpu_ms (sum of the kernels of a step of three
+such) · kernels · product_ms and so on (by kind of kernel) · longest (name, ms, count) ·
 weights_gib, peak_gib (allocated) · load_s (open and move to the GPU) · first_s (first step at this size) · distance
 (from bf16, relative) · same_bits (of all steps) · add_s and so on (see measure_lora) · failed (why there is no row).
 """
@@ -26,7 +27,7 @@ from collections import defaultdict
 from comfyui_process import start_comfyui
 from full_size import TOKENS, register_package
 
-STEPS = 10
+STEPS, PROFILED = 10, 3
 PARTS = (  # kind, kernels whose names match; the first that does
     ("attention", r"attention|sdpa|fmha|flash"),
     ("product", r"gemm|gemv|nvjet|cutlass|xmma|matmul|linear|splitKreduce"),
@@ -187,22 +188,30 @@ def measure(patcher, size: int, batch: int, options: dict) -> tuple[dict, object
         "first_s": round(first, 2),
         "same_bits": sum(torch.equal(out, outs[-1]) for out in outs) == count,
     }
+    start = time.perf_counter()
+    for _ in range(count):
+        flux(**values, transformer_options=dict(options))
+    synchronize()
+    row["loop_ms"] = round((time.perf_counter() - start) / count * 1e3, 2)
     if cuda:
-        row |= profile(step)
+        row |= profile(lambda: flux(**values, transformer_options=dict(options)))
     return row, outs[-1].float().cpu()
 
 
 def profile(step) -> dict:
-    """gpu_ms, kernels, parts and the longest kernels of one step."""
+    """gpu_ms, kernels, parts and the longest kernels of a step, from PROFILED one after the other."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
-        step()
+        for _ in range(PROFILED):
+            step()
+        synchronize()
     found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for event in run.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             ms, count = found[event.name]
             found[event.name] = (ms + event.device_time / 1e3, count + 1)
+    found = {name: (ms / PROFILED, round(count / PROFILED)) for name, (ms, count) in found.items()}
     parts: dict[str, float] = defaultdict(float)
     for name, (ms, _) in found.items():
         parts[next((kind for kind, names in PARTS if re.search(names, name, re.IGNORECASE)), "other")] += ms
