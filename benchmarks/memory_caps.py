@@ -112,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caps", default="6,8,12,16", help="memory: cards in GiB (default: 6,8,12,16)")
     parser.add_argument("--modes", default="dynamic,static", help="memory: dynamic, static (default: both)")
     parser.add_argument("--models", default="ours,bf16", help="memory: ours, bf16 (default: both)")
-    parser.add_argument("--steps", type=int, default=4, help="memory: steps of an image (default: 4)")
+    parser.add_argument("--steps", type=int, default=12, help="memory: steps of an image (default: 12)")
     parser.add_argument("--images", type=int, default=2, help="memory: images in a row (default: 2)")
     parser.add_argument("--timeout", type=int, default=120, help="memory: seconds for one row (default: 120)")
     parser.add_argument("--switches", type=int, default=0, help="memory: changes between two checkpoints (default: 0)")

@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import Backend
 from ..kernels.int4 import PackedAWQ, PackedW4A4
-from .graphs import BlockGraphs
+from . import graph_memory
+from .graphs import Attend, BlockGraphs
 from .kept_weights import KeptWeights
 from .layout_svdq import SVDQAwqLayout, packed_awq
 from .ops import Held, QuantizedLinear, is_quantized
@@ -259,7 +260,10 @@ class _Fused:
     def _run(self, vec: Tensor, streams: tuple[Tensor, ...], pe: Tensor, mask: Tensor | None,
              transformer_options: dict) -> tuple[Tensor, ...]:  # fmt: skip
         """The block on ``streams``, in place."""
+        # A mask may be another tensor each time, what others attend with is not known to bear a CUDA graph, and
+        # attention allocates its result.
         stock = torch_attention(transformer_options)
+        apart = mask is not None or not stock or graph_memory.needed()
         if stock:
             attend = partial(attend_exactly, mask=mask)
         else:
@@ -275,14 +279,15 @@ class _Fused:
                 given = tuple(self.get_submodule(name).lin(silu) for name in self.modulations)
             tensors = (*streams, self.rotary.rows(pe), *given)
 
-            def compute(*tensors: Tensor) -> None:
+            def compute(attend: Attend, *tensors: Tensor) -> None:
                 inputs, rows, given = tensors[: len(streams)], tensors[len(streams)], tensors[len(streams) + 1 :]
                 self._compute(weights, inputs, weights.modulate(*given) if modulates else given, rows, attend)
 
-            if mask is not None or not stock or not weights.resident:
-                compute(*tensors)
+            if not weights.resident:
+                compute(attend, *tensors)
                 return streams
-            return self.graphs.run(self, (modulates, *weights.places), compute, tensors, len(streams))
+            places = (modulates, *weights.places)
+            return self.graphs.run(self, places, compute, attend, apart, tensors, len(streams))
         finally:
             unpin(pins)
 
@@ -329,7 +334,7 @@ class FusedDoubleBlock(_Fused, DoubleStreamBlock):
             )
         return self._run(vec, (img, txt), pe, attn_mask, transformer_options)
 
-    def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
+    def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Attend) -> None:
         img, txt = streams
         batch, n_txt, hidden = txt.shape
         length = n_txt + img.shape[1]
@@ -374,7 +379,7 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
             return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
         return self._run(vec, (x,), pe, attn_mask, transformer_options)[0]
 
-    def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Any) -> None:
+    def _compute(self, weights: _Weights, streams: tuple, modulations: tuple, rotary: Tensor, attend: Attend) -> None:
         (x,) = streams
         batch, length, hidden = x.shape
         shift, scale, gate = modulations[0].chunk(3, dim=1)

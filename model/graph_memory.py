@@ -1,13 +1,17 @@
 """Memory for the temporaries of CUDA graphs, with ComfyUI's default allocator.
 
 ComfyUI has torch allocate with cudaMallocAsync. What that gives out during a capture belongs to the graph: it is not
-there afterwards, and Triton refuses it. So a capture takes its temporaries from a buffer that was there before. Their
-sizes and lifetimes are those of the calls before, which ran without a graph: the same computation asks for the same
-tensors in the same order, from its second call on.
+there afterwards, Triton refuses it, and giving it back later can end the process. So a capture allocates nothing, but
+takes its temporaries from a buffer that was there before. Their sizes and lifetimes are those of the calls before,
+which ran without a graph: the same computation asks for the same tensors in the same order, from its second call on.
+
+Attention allocates by itself, and cannot be told where its result is to go. It stays outside.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +23,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = "cuda"
 _ALIGN = 512  # bytes; torch's own
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # made of others; inference mode does not take it apart
+_COPY, _ZERO = ("clone", "_to_copy"), ("zeros_like", "new_zeros")  # whose forms with ``out`` are generated
+_OF_RESULT = ("dtype", "layout", "device", "pin_memory")  # what the tensor to write to decides
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-_FIRST_ONLY = "scaled_dot_product"  # what else attention returns is for training
 
 
 def needed() -> bool:
     """Whether captures must not allocate."""
     return torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+
+
+def attention_result(qkv: Tensor) -> Tensor:
+    """Where the result of attention on q, k, v T [B, L, 3, H, D] goes: T [B, L, H * D]."""
+    batch, length, _, heads, size = qkv.shape
+    return qkv.new_empty(batch, length, heads * size)
 
 
 class Changed(RuntimeError):
@@ -50,10 +62,27 @@ class Watch(TorchDispatchMode):
         self._alive: list[tuple[StorageWeakRef, int, int]] = []  # (storage, first byte, the one behind its last)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.has_kernel_for_dispatch_key(_COMPOSITE):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        for tensor in _new(func, args, kwargs, out):
+        for tensor in _new(args, kwargs, out):
             self._place(tensor.untyped_storage())
         return out
+
+    def unseen(self, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``attend`` whose result is a temporary of the computation, but not what it makes inside."""
+
+        def outside(qkv: Tensor) -> Tensor:
+            out = attention_result(qkv)
+            self.__exit__(None, None, None)
+            try:
+                out.copy_(attend(qkv))
+            finally:
+                self.__enter__()
+            return out
+
+        return outside
 
     def _place(self, storage: torch.UntypedStorage) -> None:
         """The first gap between those that are alive."""
@@ -80,14 +109,29 @@ class Use(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func.has_kernel_for_dispatch_key(_COMPOSITE):
+            with self:
+                return func.decompose(*args, **kwargs)
         if func.overloadpacket.__name__ in _EMPTY:
             like = func(*args, **kwargs | {"device": "meta"})
             if like.numel() and _on_gpu(args, kwargs):
                 return self._take(like)
             return func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        moved = {id(tensor): self._take(tensor).copy_(tensor) for tensor in _new(func, args, kwargs, out)}
-        return tree_map_only(Tensor, lambda tensor: moved.get(id(tensor), tensor), out) if moved else out
+        if func._schema.is_mutable or not any(tensor.device.type == DEVICE for tensor in _tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        shapes = tree_map_only(Tensor, _shape_of, (args, kwargs))
+        like = func(*shapes[0], **shapes[1])
+        if not _new(*shapes, like, "meta"):  # views
+            return func(*args, **kwargs)
+        name, into = func.overloadpacket.__name__, _writing(func)
+        if isinstance(like, Tensor) and name in _COPY:
+            return self._take(like).copy_(args[0])
+        if isinstance(like, Tensor) and name in _ZERO:
+            return self._take(like).zero_()
+        if into is None or not isinstance(like, Tensor):
+            raise Changed(f"{func} cannot write to memory that is there")
+        options = {name: value for name, value in kwargs.items() if name not in _OF_RESULT}
+        return into(*args, **options, out=self._take(like))
 
     def _take(self, like: Tensor) -> Tensor:
         """A tensor of like's shape, strides and type."""
@@ -100,17 +144,33 @@ class Use(TorchDispatchMode):
         return words.as_strided(like.shape, like.stride(), words.storage_offset())
 
 
-def _new(func: Any, args: tuple, kwargs: dict | None, out: Any) -> list[Tensor]:
-    """The tensors in ``out`` on DEVICE with memory of their own; without those that nobody uses."""
-    tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-    if _FIRST_ONLY in func.overloadpacket.__name__:
-        tensors = tensors[:1]
-    tensors = [tensor for tensor in tensors if tensor.device.type == DEVICE and tensor.untyped_storage().nbytes()]
-    if not tensors:
-        return []
-    given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-    old = {tensor.untyped_storage().data_ptr() for tensor in given}
-    return [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in old]
+def _new(args: tuple, kwargs: dict | None, out: Any, device: str = "") -> list[Tensor]:
+    """The tensors in ``out`` on ``device`` (DEVICE) with memory of their own."""
+    tensors = [tensor for tensor in _tensors(out) if tensor.device.type == (device or DEVICE)]
+    old = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+    return [t for t in tensors if t.untyped_storage().nbytes() and t.untyped_storage()._cdata not in old]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@functools.cache
+def _writing(func: Any) -> Any:
+    """The form of an operator that writes its result to ``out``, or None. Not the generated ones, which allocate a
+    result and copy it."""
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments if a.name not in _OF_RESULT]
+    for name in func.overloadpacket.overloads():
+        form = getattr(func.overloadpacket, name)
+        into = [argument.name for argument in form._schema.arguments if argument.is_out]
+        others = [(a.name, str(a.type)) for a in form._schema.arguments if not a.is_out and a.name not in _OF_RESULT]
+        if into == ["out"] and others == wanted and torch.Tag.generated not in form.tags:
+            return form
+    return None
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _on_gpu(args: tuple, kwargs: dict) -> bool:

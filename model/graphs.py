@@ -3,7 +3,11 @@
 A graph belongs to one block, one set of shapes and one place of the weights; when ComfyUI moves weights, a LoRA brings
 others or the size of the picture changes, the block runs without a graph once and gets a new one at the next call. All
 graphs of a model share their inputs (a block works in place on the tensors that the block before it left) and the
-memory of their temporaries, which is planned here where the allocator cannot do it (graph_memory.py).
+memory of their temporaries, which is planned here where the allocator cannot do it (graph_memory.py). That memory takes
+the place of what a pass allocates without graphs; it is the first to be given back when another model needs some.
+
+Attention that is not ours to choose (a mask, another pack's, a flag of ComfyUI) is called each time, between a graph of
+what comes before it and one of the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import traceback
 import weakref
 from collections.abc import Callable
@@ -24,11 +29,14 @@ from . import graph_memory
 
 log = logging.getLogger(__name__)
 
-LEAST_MEMORY = 20 * 2**30  # bytes of a GPU that has room for the temporaries of graphs beside everything else
+VARIABLE = "SVDQ_CUDA_GRAPHS"  # 0: blocks run without; 1: with, on every GPU
+LEAST_MEMORY = 20 * 2**30  # bytes of a GPU; on smaller ones, whose VRAM is full, captures have failed
+LEAST_FREE = 512 * 2**20  # bytes of VRAM for what the driver allocates for a graph
 SHAPES = 2  # sets of shapes that are kept
 PLACES = 2  # of the weights, for each block: with a LoRA and without
 TRIES = 4  # to find the same temporaries in two calls one after the other: the first of all makes more
 _UNFIT = object()  # in place of a graph that cannot be captured
+Attend = Callable[[Tensor], Tensor]  # T [B, L, H * D] of q, k, v T [B, L, 3, H, D]
 
 
 @dataclass
@@ -43,8 +51,19 @@ class _Seen:
 
 @dataclass
 class _Captured:
-    graph: torch.cuda.CUDAGraph
-    memory: Tensor | None  # of its temporaries, if it does not have its own
+    """graphs: one, or those before and behind the attention · memory: of their temporaries, if it is not their own ·
+    attention: what lies between two graphs, q, k, v and the result."""
+
+    graphs: list[torch.cuda.CUDAGraph]
+    memory: Tensor | None
+    attention: tuple[Tensor, Tensor] | None = None
+
+    def replay(self, attend: Attend) -> None:
+        self.graphs[0].replay()
+        if self.attention is not None:
+            qkv, out = self.attention
+            out.copy_(attend(qkv))
+            self.graphs[1].replay()
 
 
 @dataclass
@@ -63,22 +82,25 @@ class BlockGraphs:
 
     def __init__(self) -> None:
         self._shapes: dict[tuple, _Shapes] = {}
+        self._broken = False
 
     def __deepcopy__(self, memo: dict) -> BlockGraphs:
         return BlockGraphs()
 
     def run(
-        self, block: Any, weights: tuple, compute: Callable[..., None], tensors: tuple[Tensor, ...], streams: int
-    ) -> tuple[Tensor, ...]:
-        """compute(*tensors), which works in place on the first ``streams`` of them; returns those.
+        self, block: Any, weights: tuple, compute: Callable[..., None], attend: Attend, apart: bool,
+        tensors: tuple[Tensor, ...], streams: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """compute(attend, *tensors), which works in place on the first ``streams`` of the tensors; returns those.
 
-        weights: addresses of everything else that compute reads, and ranks. With a graph, what is returned are the
-        graph's tensors.
+        weights: addresses of everything else that compute reads, and ranks · apart: ``attend`` is not to be a part of a
+        graph. With a graph, what is returned are the graph's tensors.
         """
         device = tensors[0].device
-        if torch.cuda.is_current_stream_capturing() or not _has_room(device.index):
-            compute(*tensors)
+        if torch.cuda.is_current_stream_capturing() or self._broken or not enabled(device.index):
+            compute(attend, *tensors)
             return tensors[:streams]
+        weights = (apart, *weights)
         key = (device, streams, *((tensor.dtype, tensor.shape) for tensor in tensors))
         shapes = self._shapes.get(key)
         if shapes is None:
@@ -90,29 +112,33 @@ class BlockGraphs:
             while len(graphs) >= PLACES:
                 del graphs[next(iter(graphs))]
             # The first time compiles kernels, which a capture must not do.
-            graphs[weights] = _watched(compute, tensors, None)
+            graphs[weights] = _watched(compute, attend, apart, tensors, None)
             return tensors[:streams]
         found = graphs[weights] = graphs.pop(weights)  # the last one used comes last
         if isinstance(found, _Seen) and not found.ready:
-            graphs[weights] = _watched(compute, tensors, found)
+            graphs[weights] = _watched(compute, attend, apart, tensors, found)
             return tensors[:streams]
-        if found is _UNFIT:
-            compute(*tensors)
+        if isinstance(found, _Seen) and torch.cuda.mem_get_info(device)[0] < LEAST_FREE:
+            compute(attend, *tensors)
             return tensors[:streams]
-        statics = self._statics(shapes, tensors, streams)
-        if isinstance(found, _Seen):
-            found = graphs[weights] = self._capture(shapes, compute, statics, found.plan)
-        if found is _UNFIT:
-            compute(*statics)
-        else:
-            found.graph.replay()
+        statics = None if found is _UNFIT else self._statics(shapes, tensors, streams)
+        if statics is not None and isinstance(found, _Seen):
+            found = graphs[weights] = self._capture(shapes, compute, attend, apart, statics, found.plan)
+        if statics is None or found is _UNFIT:
+            graphs[weights] = _UNFIT
+            compute(attend, *tensors)
+            return tensors[:streams]
+        found.replay(attend)
         return statics[:streams]
 
-    def _statics(self, shapes: _Shapes, tensors: tuple[Tensor, ...], streams: int) -> tuple[Tensor, ...]:
-        """The graphs' inputs with the values of ``tensors``."""
+    def _statics(self, shapes: _Shapes, tensors: tuple[Tensor, ...], streams: int) -> tuple[Tensor, ...] | None:
+        """The graphs' inputs with the values of ``tensors``; None if there is no memory for them."""
         if not shapes.inputs:
-            with torch.inference_mode(False):  # or they could not be written to outside of inference mode
-                shapes.inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+            try:
+                with torch.inference_mode(False):  # or they could not be written to outside of inference mode
+                    shapes.inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+            except torch.OutOfMemoryError:
+                return None
         for i, (tensor, static) in enumerate(zip(tensors, shapes.inputs, strict=True)):
             if tensor is static:
                 continue
@@ -124,37 +150,54 @@ class BlockGraphs:
         return shapes.inputs
 
     def _capture(
-        self, shapes: _Shapes, compute: Callable[..., None], statics: tuple[Tensor, ...], plan: graph_memory.Plan | None
-    ) -> Any:
-        """A _Captured of compute(*statics), which does not run here; _UNFIT where it cannot be captured."""
+        self, shapes: _Shapes, compute: Callable[..., None], attend: Attend, apart: bool, statics: tuple[Tensor, ...],
+        plan: graph_memory.Plan | None,
+    ) -> Any:  # fmt: skip
+        """A _Captured of compute(attend, *statics), which does not run here; _UNFIT where it cannot be captured."""
         if plan is None:
             shapes.pool = shapes.pool or torch.cuda.graph_pool_handle()
             memory, place, pool = None, contextlib.nullcontext(), (shapes.pool,)
         else:
             if shapes.memory is None or shapes.memory.numel() < plan.total:
-                with torch.inference_mode(False):
-                    shapes.memory = torch.empty(plan.total, dtype=torch.uint8, device=statics[0].device)
+                try:
+                    with torch.inference_mode(False):
+                        shapes.memory = torch.empty(plan.total, dtype=torch.uint8, device=statics[0].device)
+                except torch.OutOfMemoryError:
+                    log.info("SVDQ FLUX: no VRAM for the CUDA graph of a block, which takes %d bytes", plan.total)
+                    return _UNFIT
             # Graphs that allocate nothing have nothing to share.
             memory, place, pool = shapes.memory, graph_memory.Use(plan, shapes.memory), ()
         # Not torch.cuda.graph(), which collects garbage and empties caches each time.
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        found: Any = _Captured(graph, memory)
+        captured = _Captured([], memory)
+
+        def begin() -> None:
+            captured.graphs.append(torch.cuda.CUDAGraph())
+            captured.graphs[-1].capture_begin(*pool, capture_error_mode="thread_local")
+
+        def divide(qkv: Tensor) -> Tensor:
+            captured.attention = qkv, graph_memory.attention_result(qkv)
+            captured.graphs[-1].capture_end()
+            begin()
+            return captured.attention[1]
+
+        found: Any = captured
         with torch.cuda.stream(stream):
             try:
-                graph.capture_begin(*pool, capture_error_mode="thread_local")
+                begin()
                 with place:
-                    compute(*statics)
+                    compute(divide if apart else attend, *statics)
+                captured.graphs[-1].capture_end()
             except Exception as error:
                 log.warning("SVDQ FLUX: a block runs without a CUDA graph: %s", error)
                 found = _UNFIT
+                # The allocator goes on as if it were captured, and would refuse all others.
+                self._broken = graph_memory.needed()
                 # What was allocated for the graph has to go before it ends.
                 traceback.clear_frames(error.__traceback__)
-                with contextlib.suppress(RuntimeError):  # of a capture that is broken already
-                    graph.capture_end()
-            else:
-                graph.capture_end()
+                with contextlib.suppress(RuntimeError):  # of a capture that is broken already, or has ended
+                    captured.graphs[-1].capture_end()
         current.wait_stream(stream)
         return found
 
@@ -163,18 +206,28 @@ class BlockGraphs:
         places = (graphs for shapes in self._shapes.values() for graphs in shapes.graphs.values())
         return sum(isinstance(found, _Captured) for graphs in places for found in graphs.values())
 
-    def clear(self) -> None:
-        """Give up all graphs and their memory."""
+    @property
+    def held(self) -> int:
+        """Bytes of VRAM that they take, without what torch's allocator keeps for them."""
+        tensors = [t for shapes in self._shapes.values() for t in (*shapes.inputs, shapes.memory) if t is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def clear(self) -> int:
+        """Give up all graphs and their memory; returns what was ``held``."""
+        held = self.held
         self._shapes.clear()
+        return held
 
 
-def _watched(compute: Callable[..., None], tensors: tuple[Tensor, ...], before: _Seen | None) -> Any:
-    """compute(*tensors), without a graph. before: what was seen the time before."""
-    if not graph_memory.needed():
-        compute(*tensors)
+def _watched(
+    compute: Callable[..., None], attend: Attend, apart: bool, tensors: tuple[Tensor, ...], before: _Seen | None
+) -> Any:
+    """compute(attend, *tensors), without a graph. before: what was seen the time before."""
+    if not (apart or graph_memory.needed()):
+        compute(attend, *tensors)
         return _Seen(None, 1, True)
     with graph_memory.Watch() as watch:
-        compute(*tensors)
+        compute(watch.unseen(attend) if apart else attend, *tensors)
     if before is None:
         return _Seen(watch.plan, 1, False)
     same = watch.plan == before.plan
@@ -182,5 +235,7 @@ def _watched(compute: Callable[..., None], tensors: tuple[Tensor, ...], before: 
 
 
 @functools.cache
-def _has_room(index: int | None) -> bool:
-    return torch.cuda.get_device_properties(index).total_memory >= LEAST_MEMORY
+def enabled(index: int | None) -> bool:
+    """Whether the GPU is large enough for graphs, or what the environment says of it."""
+    asked = os.environ.get(VARIABLE, "").strip()
+    return asked == "1" or (asked != "0" and torch.cuda.get_device_properties(index).total_memory >= LEAST_MEMORY)

@@ -62,6 +62,11 @@ class _KeptMixin:
             return freed
         return freed + super().partially_unload(device_to, memory_to_free - freed, force_patch_weights)
 
+    def _clear_graphs(self) -> int:
+        """Give up the CUDA graphs, which the next passes make anew; returns bytes."""
+        blocks = fused_blocks(self.model.diffusion_model)
+        return blocks[0].graphs.clear() if blocks else 0
+
     def _decide(self) -> None:
         """Whether copies are kept, by the VRAM that is free once all weights are in it."""
         kept, blocks = self._kept()
@@ -89,6 +94,12 @@ class SVDQModelPatcher(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
         if self.model.model_loaded_weight_memory > 0 and not self.model.model_lowvram:
             self._decide()
         return loaded
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> Any:
+        freed = self._clear_graphs() if memory_to_free > 0 else 0
+        if freed and freed >= memory_to_free:
+            return freed
+        return freed + super().partially_unload(device_to, memory_to_free - freed, force_patch_weights)
 
     def _partially_load(self, device_to: Any, extra_memory: float, force_patch_weights: bool) -> Any:
         # Core takes the whole model off the GPU and brings it back to give weights other patches (1253). Ours do not
@@ -236,6 +247,11 @@ class SVDQModelPatcherDynamic(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPa
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
         self._decide()  # before core gives the model's own pages a priority above all others
         return super().partially_load(*args, **kwargs)
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> Any:
+        freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
+        # Not before: pages come back to where graphs know them.
+        return freed if freed >= memory_to_free else freed + self._clear_graphs()
 
     def load(self, *args: Any, dirty: bool = False, **kwargs: Any) -> None:
         # Core forgets what is in VRAM when patches change, because it patches weights there (1886). Ours are as stored,

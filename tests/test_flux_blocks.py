@@ -130,6 +130,51 @@ def test_an_attention_override_is_asked(path: Path, load) -> None:
     assert relative(actual, expected) < 0.1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["override", "mask"])
+def test_graphs_around_attention_change_no_bit(
+    backend: str, kind: str, path: Path, load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that is asked each time, between two graphs of a block; another mask each time; after an unload."""
+    import comfy.model_management as management
+
+    from svdq.model import graphs
+
+    patcher = load(backend)
+    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    length, asked = 64 + 8 * 8, []
+
+    def override(function, q, k, v, heads, **options):
+        asked.append(options["transformer_options"]["block_index"])
+        return function(q, k, v, heads, **options)
+
+    def step(number: int) -> torch.Tensor:
+        if kind == "override":
+            return forward_once(patcher, arguments, transformer_options={"optimized_attention_override": override})
+        generator = torch.Generator("cuda").manual_seed(number)
+        mask = torch.rand(length, length, device="cuda", generator=generator) < 0.8
+        return forward_once(patcher, arguments, attention_mask=mask)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "enabled", lambda index: False)
+        management.load_models_gpu([patcher])
+        step(0)  # the first pass of a process differs
+        expected = [step(number) for number in range(6)]
+    calls = len(asked)
+    flux = patcher.model.diffusion_model
+    for number in range(6):
+        assert torch.equal(step(number), expected[number]), number
+    recorded = flux.double_blocks[0].graphs
+    assert recorded.count() == len(flux.double_blocks) + len(flux.single_blocks)
+    assert kind == "mask" or len(asked) - calls == calls * 6 // 7
+    assert recorded.held > 0 and patcher.partially_unload(torch.device("cpu"), 1) > 0
+    assert patcher.is_dynamic() or recorded.held == 0, "the first memory to be given back"
+    management.unload_all_models()
+    assert recorded.held == 0
+    management.load_models_gpu([patcher])
+    assert torch.equal(step(3), expected[3])
+
+
 def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
     """One pass, without the warming up of ``flux_models.forward``."""
     dtype = patcher.model.manual_cast_dtype or patcher.model_dtype()
@@ -201,7 +246,7 @@ def test_graphs_under_loras(backend: str, path: Path, load, tmp_path: Path, monk
 
     cases = [(0.8,), (0.3,), (), (0.8,), (0.8, -0.5), (0.3,), (), (-0.2, 0.8)]
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "_has_room", lambda index: False)
+        patch.setattr(graphs, "enabled", lambda index: False)
         expected = {strengths: run(*strengths) for strengths in set(cases)}
     captures = []
     capture = graphs.BlockGraphs._capture

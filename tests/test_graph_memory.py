@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 pytestmark = pytest.mark.comfy
 
@@ -21,19 +21,22 @@ def graph_memory(comfy, monkeypatch: pytest.MonkeyPatch):
 
 
 def compute(x: Tensor, y: Tensor) -> None:
-    """In place; with every way in which blocks come by new tensors."""
+    """In place; with every way in which blocks come by new tensors, and more."""
     first = torch.empty(4, 8)
     first.copy_(x)
     both = torch.cat((first, y), 1)
     del first
     doubled = x.new_empty(4, 8)
-    doubled.copy_(both[:, :8] * 2)
+    doubled.copy_(both[:, :8] + both[:, :8])
     heads = both.view(1, 4, 2, 8).transpose(1, 2)
-    attention = scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(4, 16)
+    attention = torch.nn.functional.silu(heads).transpose(1, 2).reshape(4, 16)
+    turned = heads.transpose(2, 3).reshape(4, 16).float().to(torch.float64).chunk(2, dim=1)[1].contiguous()
+    attention += torch.matmul(turned, turned.t()).sum(dim=1, keepdim=True).to(x.dtype)
     nothing = torch.empty(0)
     words = torch.empty_like(x, dtype=torch.int16).fill_(3)
-    x.add_(doubled + attention[:, :8].contiguous() + nothing.sum())
-    y.mul_(words)
+    words += torch.zeros_like(words) + x.new_zeros(8, dtype=torch.int16)
+    x.add_(doubled + attention[:, :8].contiguous() + nothing.sum(dim=0))
+    y.mul_(words.float())
 
 
 def arguments() -> tuple[Tensor, Tensor]:
@@ -57,6 +60,33 @@ def test_same_results_in_memory_that_was_there(graph_memory, inference: bool) ->
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert memory.any(), "nothing was put there"
     assert plan.total < sum(-(-size // 512) * 512 for size in plan.sizes), "memory is used again"
+
+
+def test_nothing_is_allocated(graph_memory) -> None:
+    """Not inside of operators either, by torch's own record of memory."""
+
+    def allocated(mode) -> int:
+        values = arguments()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, mode:
+            compute(*values)
+        return sum(max(0, event.nbytes()) for event in record.profiler.kineto_results.events())
+
+    with torch.inference_mode():
+        watch = graph_memory.Watch()
+        assert allocated(watch) >= sum(watch.plan.sizes) > 0
+        assert allocated(graph_memory.Use(watch.plan, torch.zeros(watch.plan.total, dtype=torch.uint8))) == 0
+
+
+def test_what_allocates_by_itself_is_refused(graph_memory) -> None:
+    def attend() -> Tensor:
+        heads = torch.ones(1, 2, 4, 8)
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    with graph_memory.Watch() as watch:
+        attend()
+    memory = torch.zeros(watch.plan.total, dtype=torch.uint8)
+    with pytest.raises(graph_memory.Changed, match=r"attention\S* cannot write"), graph_memory.Use(watch.plan, memory):
+        attend()
 
 
 def test_what_is_alive_does_not_overlap(graph_memory) -> None:

@@ -1,0 +1,242 @@
+"""When blocks are recorded as CUDA graphs and what is replayed: on the CPU, with operators in the place of kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.comfy
+
+HEADS, SIZE = 2, 4
+
+
+class Graph(TorchDispatchMode):
+    """A torch.cuda.CUDAGraph whose replay computes every recorded operator again, into the tensors of the capture.
+
+    What is computed while it records is undone, as a capture computes nothing.
+    """
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operators: list[tuple[Any, tuple, dict, Any]] = []
+        Graph.made += 1
+
+    def capture_begin(self, *pool: Any, capture_error_mode: str) -> None:
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        before = args[0].clone() if func._schema.is_mutable else None
+        out = func(*args, **(kwargs or {}))
+        self._operators.append((func, args, kwargs or {}, out))
+        if before is not None:
+            args[0].copy_(before)
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self._operators:
+            new = func(*args, **kwargs)
+            if isinstance(out, Tensor) and not func._schema.is_mutable and not func.is_view:
+                out.copy_(new)
+
+
+@pytest.fixture
+def graphs(comfy, monkeypatch: pytest.MonkeyPatch):
+    """model.graphs with torch.cuda on the CPU and an allocator that captures must not use."""
+    from svdq.model import graph_memory, graphs
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda: stream,
+        "Stream": lambda: stream,
+        "stream": lambda of: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "get_allocator_backend": lambda: "cudaMallocAsync",
+        "get_device_properties": lambda index: SimpleNamespace(total_memory=24 * 2**30),
+        "mem_get_info": lambda device: (8 * 2**30, 24 * 2**30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graph_memory, "DEVICE", "cpu")
+    graphs.enabled.cache_clear()
+    Graph.made = 0
+    yield graphs
+    graphs.enabled.cache_clear()
+
+
+class Block:
+    """x += its attention, of heads that ``weight`` makes, times what was made before it."""
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def compute(self, attend: Any, x: Tensor) -> None:
+        qkv = x.new_empty(1, len(x), 3, HEADS, SIZE)
+        qkv.copy_(x.view(1, len(x), 1, HEADS, SIZE) * self.weight)
+        factor = x * 0.5
+        attention = attend(qkv)
+        x.add_(attention[0] * factor)
+
+
+def add_up(qkv: Tensor) -> Tensor:
+    return (qkv[:, :, 0] + 2 * qkv[:, :, 1] + 3 * qkv[:, :, 2]).flatten(2)
+
+
+def passes(graphs: Any, held: Any, blocks: list[Block], x: Tensor, attends: list, apart: bool) -> list[Tensor]:
+    """Results of one pass through all blocks for each of ``attends``."""
+    results = []
+    with torch.inference_mode():
+        for attend in attends:
+            stream = x.clone()
+            for block in blocks:
+                (stream,) = held.run(block, (block.weight,), block.compute, attend, apart, (stream,), 1)
+            results.append(stream.clone())
+    return results
+
+
+def expected_of(blocks: list[Block], x: Tensor, attends: list) -> list[Tensor]:
+    results = []
+    for attend in attends:
+        stream = x.clone()
+        for block in blocks:
+            block.compute(attend, stream)
+        results.append(stream)
+    return results
+
+
+def some(rows: int = 5) -> Tensor:
+    return torch.randn(rows, HEADS * SIZE, generator=torch.Generator().manual_seed(rows))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_replay_computes_the_same(graphs, apart: bool) -> None:
+    held, blocks, x = graphs.BlockGraphs(), [Block(0.5), Block(0.25)], some()
+    found = passes(graphs, held, blocks, x, [add_up] * 5, apart)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, [add_up] * 5), strict=True))
+    assert held.count() == len(blocks) and Graph.made == len(blocks) * (1 + apart)
+    assert held.held > 0 and held.clear() > 0
+    assert held.count() == held.held == 0
+
+
+def test_attention_of_others_is_called_each_time(graphs) -> None:
+    """With its own arguments, and not while anything is recorded."""
+    held, blocks, x, seen = graphs.BlockGraphs(), [Block(0.5), Block(0.25)], some(), []
+
+    def attention(number: int) -> Any:
+        def attend(qkv: Tensor) -> Tensor:
+            seen.append(number)
+            inside = torch.ones(100 * number + 1).sum()  # not a temporary of the block
+            return add_up(qkv) * number + 0 * inside
+
+        return attend
+
+    attends = [attention(number) for number in range(6)]
+    found = passes(graphs, held, blocks, x, attends, apart=True)
+    assert seen == [number for number in range(6) for _ in blocks]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, attends), strict=True))
+    assert held.count() == len(blocks)
+
+
+def test_both_kinds_of_attention_in_turns(graphs) -> None:
+    held, blocks, x = graphs.BlockGraphs(), [Block(0.5)], some()
+    (right,) = expected_of(blocks, x, [add_up])
+    for apart in (False, True) * 5:
+        assert torch.equal(passes(graphs, held, blocks, x, [add_up], apart)[0], right)
+    assert held.count() == 2 and Graph.made == 3
+
+
+def test_weights_elsewhere_need_a_new_graph(graphs) -> None:
+    held, block, x = graphs.BlockGraphs(), Block(0.5), some()
+    passes(graphs, held, [block], x, [add_up] * 4, False)
+    for weight in (0.75, 0.5, 0.75, 0.25):  # PLACES of them are kept
+        block.weight = weight
+        found = passes(graphs, held, [block], x, [add_up] * 4, False)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected_of([block], x, [add_up] * 4), strict=True))
+    assert Graph.made == 3 and held.count() == 2
+
+
+def test_temporaries_that_change_are_not_recorded(graphs) -> None:
+    held, block, x, sizes = graphs.BlockGraphs(), Block(0.5), some(), iter(range(1, 99))
+
+    def attend(qkv: Tensor) -> Tensor:
+        return add_up(qkv) + 0 * torch.ones(512 * next(sizes)).sum()
+
+    found = passes(graphs, held, [block], x, [attend] * 8, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of([block], x, [attend] * 8), strict=True))
+    assert held.count() == Graph.made == 0
+
+
+def test_what_cannot_be_captured_runs_without(graphs, caplog: pytest.LogCaptureFixture) -> None:
+    held, block, x, calls = graphs.BlockGraphs(), Block(0.5), some(), []
+
+    def attend(qkv: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return add_up(qkv)
+
+    found = passes(graphs, held, [block], x, [attend] * 5, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of([block], x, [add_up] * 5), strict=True))
+    assert held.count() == 0 and "not permitted" in caplog.text
+    other = Block(0.25)
+    passes(graphs, held, [other], x, [add_up] * 5, False)
+    assert held.count() == 0 and len(caplog.records) == 1, "the allocator would refuse all others"
+
+
+@pytest.mark.parametrize("name", ["inputs", "memory"])
+def test_no_memory_for_a_graph(graphs, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, block, x, empty = graphs.BlockGraphs(), Block(0.5), some(), torch.empty
+
+    def refuse(*size: Any, **options: Any) -> Tensor:
+        if (options.get("dtype") == torch.uint8) == (name == "memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    found = passes(graphs, held, [block], x, [add_up] * 5, False)
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of([block], x, [add_up] * 5), strict=True))
+    assert held.count() == 0
+
+
+def test_a_computation_out_of_memory_says_so(graphs) -> None:
+    def attend(qkv: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    held, blocks, x = graphs.BlockGraphs(), [Block(0.5)], some()
+    for attends in ([attend], [add_up] * 4 + [attend], [add_up] * 4):
+        with contextlib.ExitStack() as stack:
+            if attends[-1] is attend:
+                stack.enter_context(pytest.raises(torch.OutOfMemoryError))
+            found = passes(graphs, held, blocks, x, attends, apart=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, attends), strict=True))
+
+
+@pytest.mark.parametrize(("variable", "gib", "expected"), [("", 24, 1), ("", 16, 0), ("1", 16, 1), ("0", 24, 0)])
+def test_where_they_are_made(graphs, monkeypatch: pytest.MonkeyPatch, variable: str, gib: int, expected: int) -> None:
+    monkeypatch.setenv("SVDQ_CUDA_GRAPHS", variable)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=gib * 2**30))
+    held, blocks, x = graphs.BlockGraphs(), [Block(0.5)], some()
+    found = passes(graphs, held, blocks, x, [add_up] * 5, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, [add_up] * 5), strict=True))
+    assert held.count() == expected and (held.held > 0) == (expected > 0)
+
+
+def test_they_wait_for_room(graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, blocks, x, free = graphs.BlockGraphs(), [Block(0.5)], some(), [2**20]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 24 * 2**30))
+    for now, count in ((2**20, 0), (2**30, 1), (2**20, 1)):
+        free[0] = now
+        found = passes(graphs, held, blocks, x, [add_up] * 4, True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, [add_up] * 4), strict=True))
+        assert held.count() == count
