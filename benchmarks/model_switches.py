@@ -16,9 +16,9 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import process_memory
 from comfyui_process import finish_node, start_comfyui
 from full_size import register_package
 
@@ -84,8 +84,7 @@ def memory(on_gpu: bool) -> dict[str, float]:
     """Bytes by what is printed of them; RAM as Linux counts it."""
     import torch
 
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    ram, file = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    ram, file = process_memory.ram()
     free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     return {
         "ram_mb": ram,
@@ -98,8 +97,7 @@ def memory(on_gpu: bool) -> dict[str, float]:
 def growth(values: list[float]) -> float:
     """From the first half of the warm switches to the second, medians; each half has as many of both checkpoints."""
     warm = values[WARM:]
-    half = len(warm) // 4 * 2
-    return round(statistics.median(warm[-half:]) - statistics.median(warm[:half]), 1)
+    return process_memory.growth(warm, len(warm) // 4 * 2)
 
 
 if __name__ == "__main__":

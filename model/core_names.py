@@ -38,7 +38,8 @@ NAMES = {
         "throw_exception_if_processing_interrupted", "unpin_memory(tensor)", ".as_context",
     ),
     "comfy.model_patcher": (
-        "LowVramPatch(key, patches)", "ModelPatcher.__del__", "ModelPatcher.clone", "ModelPatcher.detach",
+        "LowVramPatch(key, patches)", "ModelPatcher.__del__", "ModelPatcher.add_hook_patches(hook, patches)",
+        "ModelPatcher.add_patches(patches)", "ModelPatcher.clone", "ModelPatcher.detach",
         "ModelPatcher.get_all_callbacks", "ModelPatcher._load_list", "ModelPatcher.loaded_size",
         "ModelPatcher.model_size", "ModelPatcher.model_state_dict_for_saving(model, prefix)",
         "ModelPatcher.patch_cached_hook_weights(cached_weights, key, memory_counter)",

@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import comfy.lora
 import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
@@ -29,6 +31,40 @@ log = logging.getLogger(__name__)
 
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 """(strength, value, strength of the weight, offset (axis, start, length), function), as ModelPatcher keeps patches."""
+
+
+def refuse_damaged(patches: Mapping[Any, Any]) -> None:
+    """Raise ValueError, one line, if a LoRA file's ``patches``, as ModelPatcher.add_patches takes them, are not finite.
+
+    ComfyUI would add them, and make black pictures without a word. Of a full-size FLUX LoRA of rank 16 this reads 77
+    million values: 19 ms of one core.
+    """
+    damaged = [key for key, value in patches.items() if not all(map(_is_finite, _values_of(value)))]
+    if damaged:
+        key = damaged[0] if isinstance(damaged[0], str) else damaged[0][0]
+        raise ValueError(
+            f"LoRA, {key}: found NaN or infinite values (in {len(damaged)} of {len(patches)} weights that it changes), "
+            "expected finite ones. The file is damaged or its training failed. Download it again, or use another one."
+        )
+
+
+def _values_of(value: Any) -> Iterator[Tensor | float]:
+    """What a LoRA file says of one weight; nothing of merged models, which have other forms and are large."""
+    if isinstance(value, WeightAdapterBase):
+        values = value.weights
+    else:
+        values = value[1] if isinstance(value, tuple) and value[0] in ("diff", "set") else ()
+    return (found for found in values if isinstance(found, Tensor | float))
+
+
+def _is_finite(value: Tensor | float) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if not value.is_floating_point() or not value.numel():
+        return True
+    if value.element_size() == 1:  # float8 has no aminmax
+        value = value.float()
+    return all(extreme.isfinite() for extreme in torch.aminmax(value))  # ten times as fast as isfinite of everything
 
 
 def is_plain(patch: Patch, shape: tuple[int, int]) -> bool:

@@ -17,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from .flux import fused_blocks
 from .kept_weights import KeptWeights
+from .lora import refuse_damaged
 from .offload import Staged
 from .ops import QuantizedLinear, is_quantized
 from .saving import SaveMixin
@@ -79,7 +80,19 @@ class _KeptMixin:
         kept.prioritize()
 
 
-class SVDQModelPatcher(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
+class _LoraMixin:
+    """Takes no LoRA that would make every picture black."""
+
+    def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
+        refuse_damaged(patches)
+        return super().add_patches(patches, *args, **kwargs)
+
+    def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
+        refuse_damaged(patches)
+        return super().add_hook_patches(hook, patches, *args, **kwargs)
+
+
+class SVDQModelPatcher(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
     """The patcher without dynamic VRAM."""
 
     _dying = False  # while Python deletes the patcher
@@ -241,7 +254,7 @@ class SVDQModelPatcher(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
 
 
-class SVDQModelPatcherDynamic(_KeptMixin, SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
+class SVDQModelPatcherDynamic(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
     """The patcher with dynamic VRAM."""
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:

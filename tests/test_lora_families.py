@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import compatibility_env
 import pytest
 import torch
-from compatibility_env import LIMIT, sample
+from compatibility_env import LIMIT, node, sample
 from flux_models import relative
 from lora_files import FAMILIES, LAYERS, NAMINGS, drawer, logged, lora_file, named_lora, with_lora
 
@@ -250,6 +250,70 @@ def test_keys_that_no_layer_has_are_named_once(env: SimpleNamespace) -> None:
     messages = [message for message in messages if "lora" in message.lower()]
     assert len(messages) == 1 and "99" in messages[0], messages
     assert torch.equal(latent, sample(with_lora(env.pair("dev")[0], lora_file(env)), env))
+
+
+def test_a_lora_of_another_model_changes_nothing(env: SimpleNamespace) -> None:
+    """A LoRA of another model, of which no key has a layer here, is named key by key and changes no bit."""
+    draw = drawer(2)
+    keys = [f"lora_unet_input_blocks_4_1_proj_in.lora_{side}.weight" for side in ("down", "up")]
+    with logged() as messages:
+        model = with_lora(env.pair("dev")[0], {key: draw(4, 4) for key in keys})
+        assert torch.equal(sample(model, env), env.plain("dev"))
+    assert all(any(key in message for message in messages) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, torch.nan) for name in ("LoRA", "LoHa", "LoKr", "full difference", "set", "bias difference")),
+        ("LoRA", torch.inf),
+        ("LoRA", -torch.inf),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(name: str, value: float, env: SimpleNamespace) -> None:
+    """A LoRA with NaN or infinite values is refused by the node that loads it; the model is as before."""
+    base, layer = env.pair("dev")[0], LAYERS[1]
+    good, damaged = kind(env, name), kind(env, name, seed=3)
+    next(tensor for key, tensor in damaged.items() if layer in key and tensor.ndim).view(-1)[-1] = value
+    expected = sample(with_lora(base, good), env)
+    patches = {key: list(found) for key, found in base.patches.items()}
+    with pytest.raises(ValueError, match=rf"{layer}\S*: found NaN or infinite values \(in 1 of 5 ") as error:
+        with_lora(base, damaged)
+    assert str(error.value).endswith("use another one.") and "\n" not in str(error.value)
+    assert base.patches == patches
+    assert torch.equal(sample(base, env), env.plain("dev"))
+    assert torch.equal(sample(with_lora(base, good), env), expected)
+
+
+@pytest.mark.parametrize("part", ["alpha", "lora_down.weight in float8", "img_in"])
+def test_one_nan_anywhere_is_found(part: str, env: SimpleNamespace) -> None:
+    leaf, _, how = part.partition(" in ")
+    layers = (*LAYERS, "img_in")
+    lora = kind(env, "LoRA", layers=layers, dtype=torch.float8_e4m3fn if how else torch.float32)
+    key = next(key for key in lora if leaf in key)
+    lora[key] = (lora[key].float() * torch.nan).to(lora[key].dtype)
+    with pytest.raises(ValueError, match="found NaN or infinite values \\(in 1 of 6 weights"):
+        with_lora(env.pair("dev")[0], lora)
+
+
+def test_a_hook_with_values_that_are_not_finite_is_refused(env: SimpleNamespace) -> None:
+    """A hook of a LoRA with NaN is refused when sampling starts; the next run is as before."""
+    import comfy.hooks
+
+    base = env.pair("dev")[0]
+    lora = {key: tensor * torch.nan for key, tensor in kind(env, "LoRA").items()}
+    good = {key: tensor.nan_to_num(0.1) for key, tensor in lora.items()}
+
+    def hooked(file: dict[str, torch.Tensor]) -> torch.Tensor:
+        hooks = comfy.hooks.create_hook_lora(file, 0.5, 0.0)
+        positive = node("hooks", "ConditioningSetProperties", env.prompt, 1.0, "default", hooks=hooks)
+        return sample(base, env, positive)
+
+    expected = hooked(good)
+    with pytest.raises(ValueError, match="found NaN or infinite values"):
+        hooked(lora)
+    assert torch.equal(sample(base, env), env.plain("dev"))
+    assert torch.equal(hooked(good), expected)
 
 
 def test_a_layer_with_a_patch_that_does_not_fit_keeps_its_columns(env: SimpleNamespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from conftest import ROOT, find_comfyui
 from flux_models import forward, inputs
 
+from svdq.benchmarks.process_memory import STATUS, ram, tensors
 from svdq.cli import synth as synth_command
 from svdq.cli.synth import synth
 from svdq.loaders import open_checkpoint
@@ -24,18 +24,6 @@ CHANGES, WARM = 20, 6
 SLACK = 2e6  # bytes; a tiny model has 7 million
 # hidden size, blocks and so on of a model that is large beside what allocators round up: 59 MB
 MEDIUM = FluxConfig(768, 3, 6, 64, 64, 256, 128, True)
-
-
-def resident() -> int:
-    """Bytes of this process in RAM that are not pages of mapped files, as Linux counts them."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
-def tensors() -> int:
-    """Tensors that Python knows."""
-    gc.collect()
-    return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
 @pytest.fixture
@@ -105,7 +93,7 @@ def test_changing_models_in_a_process_of_its_own(mode: str, medium: list[Path]) 
         assert row["size_percent"] < 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from Linux's /proc")
+@pytest.mark.skipif(not STATUS.exists(), reason="reads the memory of a process from Linux's /proc")
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["ram", "vram"])
 def test_changing_models_does_not_grow(comfy, on_gpu: bool, tmp_path: Path) -> None:
     import comfy.model_management as management
@@ -133,12 +121,12 @@ def test_changing_models_does_not_grow(comfy, on_gpu: bool, tmp_path: Path) -> N
             management.unload_all_models()
         management.cleanup_models_gc()
         allocated = torch.cuda.memory_allocated() if on_gpu else 0
-        seen.append((resident(), tensors(), allocated))
+        seen.append((ram()[0], tensors(), allocated))
     management.unload_all_models()
-    print([f"{ram / 1e6:.1f} MB, {count} tensors, {vram / 1e6:.1f} MB" for ram, count, vram in seen])
-    ram, count, vram = zip(*seen[WARM:], strict=True)
+    print([f"{own / 1e6:.1f} MB, {count} tensors, {vram / 1e6:.1f} MB" for own, count, vram in seen])
+    own, count, vram = zip(*seen[WARM:], strict=True)
     # The two models differ: odd changes with odd ones, even with even ones.
     for parity in (0, 1):
-        assert ram[-2 + parity] - ram[parity] < SLACK
+        assert own[-2 + parity] - own[parity] < SLACK
         assert count[-2 + parity] <= count[parity]
         assert vram[-2 + parity] <= vram[parity]
