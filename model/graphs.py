@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +83,7 @@ class BlockGraphs:
 
     def __init__(self) -> None:
         self._shapes: dict[tuple, _Shapes] = {}
-        self._broken = False
+        self._broken = False  # a capture has failed; with cudaMallocAsync others would, too
 
     def __deepcopy__(self, memo: dict) -> BlockGraphs:
         return BlockGraphs()
@@ -156,7 +157,7 @@ class BlockGraphs:
         """A _Captured of compute(attend, *statics), which does not run here; _UNFIT where it cannot be captured."""
         if plan is None:
             shapes.pool = shapes.pool or torch.cuda.graph_pool_handle()
-            memory, place, pool = None, contextlib.nullcontext(), (shapes.pool,)
+            memory, place, pool = None, contextlib.nullcontext(), shapes.pool
         else:
             if shapes.memory is None or shapes.memory.numel() < plan.total:
                 try:
@@ -166,7 +167,8 @@ class BlockGraphs:
                     log.info("SVDQ FLUX: no VRAM for the CUDA graph of a block, which takes %d bytes", plan.total)
                     return _UNFIT
             # Graphs that allocate nothing have nothing to share.
-            memory, place, pool = shapes.memory, graph_memory.Use(plan, shapes.memory), ()
+            place, pool = graph_memory.Use(plan, shapes.memory), torch.cuda.graph_pool_handle()
+            memory = shapes.memory
         # Not torch.cuda.graph(), which collects garbage and empties caches each time.
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
@@ -174,7 +176,7 @@ class BlockGraphs:
 
         def begin() -> None:
             captured.graphs.append(torch.cuda.CUDAGraph())
-            captured.graphs[-1].capture_begin(*pool, capture_error_mode="thread_local")
+            captured.graphs[-1].capture_begin(pool, capture_error_mode="thread_local")
 
         def divide(qkv: Tensor) -> Tensor:
             captured.attention = qkv, graph_memory.attention_result(qkv)
@@ -183,7 +185,7 @@ class BlockGraphs:
             return captured.attention[1]
 
         found: Any = captured
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _no_garbage_collection():
             try:
                 begin()
                 with place:
@@ -191,13 +193,14 @@ class BlockGraphs:
                 captured.graphs[-1].capture_end()
             except Exception as error:
                 log.warning("SVDQ FLUX: a block runs without a CUDA graph: %s", error)
-                found = _UNFIT
-                # The allocator goes on as if it were captured, and would refuse all others.
-                self._broken = graph_memory.needed()
+                found, self._broken = _UNFIT, graph_memory.needed()
                 # What was allocated for the graph has to go before it ends.
                 traceback.clear_frames(error.__traceback__)
                 with contextlib.suppress(RuntimeError):  # of a capture that is broken already, or has ended
                     captured.graphs[-1].capture_end()
+                # Where that fails, the allocator goes on as if the capture did, and frees nothing any more.
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(statics[0].device.index, pool)
         current.wait_stream(stream)
         return found
 
@@ -217,6 +220,18 @@ class BlockGraphs:
         held = self.held
         self._shapes.clear()
         return held
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What it would free, a model's memory say, a capture does not allow to be freed."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _watched(

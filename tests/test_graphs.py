@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,8 @@ class Graph(TorchDispatchMode):
         self._operators: list[tuple[Any, tuple, dict, Any]] = []
         Graph.made += 1
 
-    def capture_begin(self, *pool: Any, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert not gc.isenabled(), "it could free what a capture must not"
         self.__enter__()
 
     def capture_end(self) -> None:
@@ -62,6 +64,7 @@ def graphs(comfy, monkeypatch: pytest.MonkeyPatch):
         "Stream": lambda: stream,
         "stream": lambda of: contextlib.nullcontext(),
         "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: (0, Graph.made),
         "get_allocator_backend": lambda: "cudaMallocAsync",
         "get_device_properties": lambda index: SimpleNamespace(total_memory=24 * 2**30),
         "mem_get_info": lambda device: (8 * 2**30, 24 * 2**30),
@@ -124,6 +127,7 @@ def test_a_replay_computes_the_same(graphs, apart: bool) -> None:
     found = passes(graphs, held, blocks, x, [add_up] * 5, apart)
     assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, [add_up] * 5), strict=True))
     assert held.count() == len(blocks) and Graph.made == len(blocks) * (1 + apart)
+    assert gc.isenabled()
     assert held.held > 0 and held.clear() > 0
     assert held.count() == held.held == 0
 
@@ -176,8 +180,11 @@ def test_temporaries_that_change_are_not_recorded(graphs) -> None:
     assert held.count() == Graph.made == 0
 
 
-def test_what_cannot_be_captured_runs_without(graphs, caplog: pytest.LogCaptureFixture) -> None:
-    held, block, x, calls = graphs.BlockGraphs(), Block(0.5), some(), []
+def test_what_cannot_be_captured_runs_without(
+    graphs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, block, x, calls, ended = graphs.BlockGraphs(), Block(0.5), some(), [], []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *which: ended.append(which))
 
     def attend(qkv: Tensor) -> Tensor:
         calls.append(1)
@@ -188,6 +195,7 @@ def test_what_cannot_be_captured_runs_without(graphs, caplog: pytest.LogCaptureF
     found = passes(graphs, held, [block], x, [attend] * 5, False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected_of([block], x, [add_up] * 5), strict=True))
     assert held.count() == 0 and "not permitted" in caplog.text
+    assert ended == [(None, (0, 0))], "the allocator's side of the capture"
     other = Block(0.25)
     passes(graphs, held, [other], x, [add_up] * 5, False)
     assert held.count() == 0 and len(caplog.records) == 1, "the allocator would refuse all others"
