@@ -9,12 +9,14 @@ Vocabulary: part, one PackedW4A4 of a layer in file order · T the 16-bit type o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ahead import compile_once
 from .epilogue import After
 from .gemm_int4 import gemm_w4a4
 from .gemm_int8 import gemm_w8a8
@@ -35,6 +37,11 @@ class Layers(ABC):
     device_type = "cuda"
     max_rank: int | None = None  # of a low-rank branch
     max_awq_rows = MAX_ROWS  # of linear_awq
+
+    def compile_once(self, key: Hashable, compute: Callable[[], object]) -> None:
+        """Compile what ``compute`` will start, side by side, if ``key`` is new; see :func:`kernels.ahead.compile_once`.
+        It stands for everything that chooses between forms of kernels but the arithmetic."""
+        compile_once((type(self).__name__, key), compute)
 
     @abstractmethod
     def quantize(self, x: Tensor, part: PackedW4A4, modulation: Modulation | None = None) -> Any:

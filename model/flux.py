@@ -106,6 +106,8 @@ class _Weights:
             if there is not None:
                 held[name] = linear.hold(*there, x)
         self.resident = len(held) == len(self._linears)
+        # Of those that are there; other ranks may need other kernels.
+        self.ranks = tuple(part.rank for linear in held.values() for part in linear.parts)
         kept = block.kept.keep(block, held, device, pins) if self.resident else ()
         self._held = {name: (linear.kept if kept else linear.parts, linear.bias) for name, linear in held.items()}
         places: list[Any] = [kept, *[linear.places for linear in held.values()]]
@@ -283,6 +285,8 @@ class _Fused:
                 inputs, rows, given = tensors[: len(streams)], tensors[len(streams)], tensors[len(streams) + 1 :]
                 self._compute(weights, inputs, weights.modulate(*given) if modulates else given, rows, attend)
 
+            key = (type(self).__name__, streams[0].device, modulates, weights.ranks, *(t.shape for t in streams))
+            self.layers.compile_once(key, lambda: compute(graph_memory.attention_result, *(t.clone() for t in tensors)))
             if not weights.resident:
                 compute(attend, *tensors)
                 return streams

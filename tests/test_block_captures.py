@@ -34,12 +34,17 @@ def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_cpu(comfy, monkeypatch: pytest.MonkeyPatch):
     """Kernels and graphs believe in a GPU of the architecture that is asked for, and no kernel is started."""
     jit = pytest.importorskip("triton.runtime.jit")
-    from svdq.kernels import layers
+    from svdq.kernels import ahead, layers
     from svdq.kernels.device import Device
     from svdq.model import graph_memory
 
     started: list[str] = []
-    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, **__: started.append(self.__name__))
+
+    def run(self, *_, warmup: bool, **__) -> None:
+        started.append(("compiled " if warmup else "") + self.__name__)
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(ahead, "_seen", set())
     monkeypatch.setattr(graph_memory, "DEVICE", "cpu")
     monkeypatch.setattr(layers.Layers, "device_type", "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -141,4 +146,12 @@ def test_a_capture_allocates_nothing(
         for block in diffusion_model.single_blocks:
             block(torch.cat((txt, img), 1), vec, pe, transformer_options={})
     assert graphs.runs == len(blocks)
-    assert {"gemv_kernel", "quantize_kernel" if name == "int4" else "quantize_int8_kernel"} <= set(started)
+    kernels = {kernel for kernel in started if not kernel.startswith("compiled")}
+    assert {"gemv_kernel", "quantize_kernel" if name == "int4" else "quantize_int8_kernel"} <= kernels
+    # Compiled before they start, once for each kind of block; what kept weights are made with starts before that.
+    ahead = {f"compiled {kernel}" for kernel in kernels}
+    ahead -= {"compiled expand_kernel", "compiled _factors_kernel"} if weights == "int8" else set()
+    assert ahead <= set(started)
+    assert all(started.index(kernel) < started.index(kernel.removeprefix("compiled ")) for kernel in ahead)
+    launches = sum(kernel.startswith("compiled") for kernel in started)
+    assert 0 < launches * (PASSES + 1) <= len(started) - launches

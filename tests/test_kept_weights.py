@@ -123,6 +123,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
         for name, function in functions.items():
             monkeypatch.setattr(module, name, function)
     monkeypatch.setattr(layers.Layers, "device_type", "cpu")
+    monkeypatch.setattr(layers.Layers, "compile_once", lambda self, key, compute: None)  # these are not Triton's
     monkeypatch.setattr(flux, "torch_attention", lambda options: True)  # which graphs can hold
     plain = QuantizedLinear.plain
     # float32 activations, the type that ComfyUI computes in on a CPU

@@ -1,0 +1,66 @@
+"""Compile kernels side by side before they are needed: one after the other, a first FLUX step waits half a minute.
+
+Triton compiles a kernel when it is first started. Here a computation runs once without starting any, which only tells
+which kernels in which forms it needs; a few threads compile them meanwhile. Most of that is LLVM and ptxas, which let
+other threads run. Uses a part of Triton that is not its public API, and does without where that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from triton.runtime.jit import JITFunction
+
+log = logging.getLogger(__name__)
+
+THREADS = 6  # at most; each compilation takes 0.3 GB of RAM
+_seen: set[Hashable] = set()
+_patching = threading.Lock()
+
+
+def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
+    """Compile all kernels that ``compute`` starts, unless it was done for this ``key``; never raises for them.
+
+    compute: must not mind that none of its kernels has run, and change nothing besides.
+    """
+    if key in _seen:
+        return
+    _seen.add(key)
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:  # they are compiled one by one
+        return
+    start, threads = time.perf_counter(), min(THREADS, os.cpu_count() or 1)
+    try:
+        with (
+            _patching,
+            ThreadPoolExecutor(threads) as executor,
+            AsyncCompileMode(executor, ignore_errors=True) as compiling,
+            _nothing_starts(),
+        ):
+            compute()
+    except Exception as error:  # comes again where kernels start, and is named there
+        log.debug("compiling ahead failed: %s", error)
+        return
+    log.debug("%d kernels in %.1f s, %d threads", len(compiling.future_kernels), time.perf_counter() - start, threads)
+
+
+@contextlib.contextmanager
+def _nothing_starts() -> Iterator[None]:
+    """Kernels of this thread are compiled and not started."""
+    run, here = JITFunction.run, threading.get_ident()
+
+    def compile_only(self, *args, grid, warmup, **options):
+        return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == here, **options)
+
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
