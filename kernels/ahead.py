@@ -33,21 +33,23 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
         return
     _seen.add(key)
     try:
-        from triton.runtime._async_compile import AsyncCompileMode
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
     except ImportError:  # they are compiled one by one
         return
     start, threads = time.perf_counter(), min(THREADS, os.cpu_count() or 1)
     try:
-        with (
-            _patching,
-            ThreadPoolExecutor(threads) as executor,
-            AsyncCompileMode(executor, ignore_errors=True) as compiling,
-            _nothing_starts(),
-        ):
-            compute()
+        with _patching, ThreadPoolExecutor(threads) as executor:
+            try:
+                compiling = AsyncCompileMode(executor, ignore_errors=True)
+            except TypeError:  # Triton 3.5
+                compiling = AsyncCompileMode(executor)
+            with compiling, _nothing_starts():
+                compute()
     except Exception as error:  # comes again where kernels start, and is named there
         log.debug("compiling ahead failed: %s", error)
         return
+    finally:
+        active_mode.set(None)  # which Triton 3.5 leaves to itself only where nothing fails
     log.debug("%d kernels in %.1f s, %d threads", len(compiling.future_kernels), time.perf_counter() - start, threads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 compiler = pytest.importorskip("triton.backends.compiler")
 runtime = pytest.importorskip("triton.runtime.driver")
-pytest.importorskip("triton.runtime._async_compile")
+parallel = pytest.importorskip("triton.runtime._async_compile")
 ahead = importlib.import_module("svdq.kernels.ahead")
 
 
@@ -111,6 +112,9 @@ def test_a_fault_is_left_to_the_real_start(kernels, fault: str) -> None:
     run = ahead.JITFunction.run
     ahead.compile_once("key", compute)
     assert ahead.JITFunction.run is run
-    assert compiled(kernels) == 1, "what is right is there"
+    if fault == "computation" or "ignore_errors" in inspect.signature(parallel.AsyncCompileMode).parameters:
+        assert compiled(kernels) == 1, "what is right is there"
+    add_kernel.warmup(torch.zeros(128), torch.zeros(128), SIZES[1], grid=(1,))  # by itself again
+    assert add_kernel.device_caches[0][0], "Triton compiles as before"
     with pytest.raises(triton.CompilationError):
         broken_kernel.warmup(torch.zeros(4, dtype=torch.int32), 4, grid=(1,))
