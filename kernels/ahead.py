@@ -36,7 +36,7 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
         from triton.runtime._async_compile import AsyncCompileMode, active_mode
     except ImportError:  # they are compiled one by one
         return
-    start, threads = time.perf_counter(), min(THREADS, os.cpu_count() or 1)
+    start, threads, before = time.perf_counter(), min(THREADS, os.cpu_count() or 1), active_mode.get()
     try:
         with _patching, ThreadPoolExecutor(threads) as executor:
             try:
@@ -49,7 +49,7 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
         log.debug("compiling ahead failed: %s", error)
         return
     finally:
-        active_mode.set(None)  # which Triton 3.5 leaves to itself only where nothing fails
+        active_mode.set(before)  # which Triton 3.5 leaves to itself only where nothing fails
     log.debug("%d kernels in %.1f s, %d threads", len(compiling.future_kernels), time.perf_counter() - start, threads)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,12 @@ def test_other_threads_start_theirs(kernels, monkeypatch: pytest.MonkeyPatch) ->
 
     ahead.compile_once("key", compute)
     assert warm == {"this": True, "other": False}
+
+
+def test_a_parallel_compilation_of_others_stays_on(kernels) -> None:
+    with ThreadPoolExecutor(1) as executor, parallel.AsyncCompileMode(executor) as others:
+        ahead.compile_once("key", start)
+        assert parallel.active_mode.get() is others
 
 
 @pytest.mark.parametrize("fault", ["computation", "kernel"])
