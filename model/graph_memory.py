@@ -53,7 +53,20 @@ class Plan:
     total: int = 0
 
 
-class Watch(TorchDispatchMode):
+class _Operators(TorchDispatchMode):
+    """Gives ``_call`` the operators of which others are made, and only these."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.has_kernel_for_dispatch_key(_COMPOSITE):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        raise NotImplementedError
+
+
+class Watch(_Operators):
     """While it is on, notes which new CUDA tensors there are and how long they live."""
 
     def __init__(self) -> None:
@@ -61,11 +74,8 @@ class Watch(TorchDispatchMode):
         self.plan = Plan()
         self._alive: list[tuple[StorageWeakRef, int, int]] = []  # (storage, first byte, the one behind its last)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.has_kernel_for_dispatch_key(_COMPOSITE):
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        out = func(*args, **kwargs)
         for tensor in _new(args, kwargs, out):
             self._place(tensor.untyped_storage())
         return out
@@ -100,18 +110,14 @@ class Watch(TorchDispatchMode):
         self.plan.total = max(self.plan.total, offset + size)
 
 
-class Use(TorchDispatchMode):
+class Use(_Operators):
     """While it is on, puts new CUDA tensors where a plan says. memory: uint8, at least plan.total."""
 
     def __init__(self, plan: Plan, memory: Tensor) -> None:
         super().__init__()
         self._plan, self._memory, self._next = plan, memory, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func.has_kernel_for_dispatch_key(_COMPOSITE):
-            with self:
-                return func.decompose(*args, **kwargs)
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func.overloadpacket.__name__ in _EMPTY:
             like = func(*args, **kwargs | {"device": "meta"})
             if like.numel() and _on_gpu(args, kwargs):
@@ -124,9 +130,9 @@ class Use(TorchDispatchMode):
         if not _new(*shapes, like, "meta"):  # views
             return func(*args, **kwargs)
         name, into = func.overloadpacket.__name__, _writing(func)
-        if isinstance(like, Tensor) and name in _COPY:
+        if name in _COPY:
             return self._take(like).copy_(args[0])
-        if isinstance(like, Tensor) and name in _ZERO:
+        if name in _ZERO:
             return self._take(like).zero_()
         if into is None or not isinstance(like, Tensor):
             raise Changed(f"{func} cannot write to memory that is there")
@@ -144,7 +150,7 @@ class Use(TorchDispatchMode):
         return words.as_strided(like.shape, like.stride(), words.storage_offset())
 
 
-def _new(args: tuple, kwargs: dict | None, out: Any, device: str = "") -> list[Tensor]:
+def _new(args: tuple, kwargs: dict, out: Any, device: str = "") -> list[Tensor]:
     """The tensors in ``out`` on ``device`` (DEVICE) with memory of their own."""
     tensors = [tensor for tensor in _tensors(out) if tensor.device.type == (device or DEVICE)]
     old = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
