@@ -87,3 +87,13 @@ def comfy() -> types.ModuleType:
     # The models of tests are so small that two threads wait for each other longer than they compute.
     torch.set_num_threads(1)
     return sys.modules["comfy"]
+
+
+@pytest.fixture(scope="session")
+def tiny(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1-dev checkpoint with random weights, which tests only read."""
+    from svdq.cli.synth import synth
+
+    path = tmp_path_factory.mktemp("tiny") / "dev.safetensors"
+    synth(path, variant="dev", scale="tiny", seed=3)
+    return path

@@ -14,20 +14,12 @@ from test_memory_modes import write_lora
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from svdq.cli.synth import synth
 from svdq.loaders import open_checkpoint
 
 pytestmark = pytest.mark.comfy
 
 TOKENS, SIDE = 40, 12  # of text; of the image
 PASSES = 4  # the first makes counters and the like
-
-
-@pytest.fixture(scope="module")
-def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("captures") / "dev.safetensors"
-    synth(path, variant="dev", scale="tiny", seed=3)
-    return path
 
 
 @pytest.fixture
@@ -105,7 +97,7 @@ ARCHITECTURES = {"int4": (8, 9), "int8": (9, 0), "int8, other GPUs": (12, 0)}
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_capture_allocates_nothing(
-    name: str, weights: str, batch: int, loras: int, path: Path, on_cpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, weights: str, batch: int, loras: int, tiny: Path, on_cpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as management
     import comfy.sd
@@ -120,7 +112,7 @@ def test_a_capture_allocates_nothing(
         pytest.skip("only INT8 products have weights to keep")
     started = on_cpu(*ARCHITECTURES[name])
     monkeypatch.setattr(QuantizedLinear, "_has_room", lambda self, ranks: True)
-    patcher = load_flux(str(path), "16bit")
+    patcher = load_flux(str(tiny), "16bit")
     diffusion_model = patcher.model.diffusion_model
     arithmetic = layers.INT4 if name == "int4" else layers.INT8
     model_flux.fuse_blocks(diffusion_model, SimpleNamespace(kernels=True, layers=arithmetic), weights)
@@ -128,7 +120,7 @@ def test_a_capture_allocates_nothing(
     for block in blocks:
         block.graphs = block.kept._graphs = graphs
     if loras:
-        write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+        write_lora(tmp_path / "lora.safetensors", open_checkpoint(tiny).config)
         lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
         lora = {key: value for key, value in lora.items() if not key.endswith("diff_b")}
         for strength in range(1, loras + 1):

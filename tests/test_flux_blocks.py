@@ -8,7 +8,6 @@ import pytest
 import torch
 from flux_models import forward, inputs, load_dense, relative
 
-from svdq.cli.synth import synth
 from svdq.loaders import open_checkpoint
 
 pytestmark = [pytest.mark.comfy, pytest.mark.gpu]
@@ -16,22 +15,15 @@ pytestmark = [pytest.mark.comfy, pytest.mark.gpu]
 BACKENDS = ("int4", "int8")
 
 
-@pytest.fixture(scope="module")
-def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("blocks") / "dev.safetensors"
-    synth(path, variant="dev", scale="tiny", seed=3)
-    return path
-
-
 @pytest.fixture
-def load(path: Path, monkeypatch: pytest.MonkeyPatch):
+def load(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """The checkpoint in an arithmetic."""
     from svdq.model import load_flux
 
     def load(backend: str):
         if backend != "int8":  # what a Hopper GPU takes by itself
             monkeypatch.setenv("SVDQ_BACKEND", backend)
-        patcher = load_flux(str(path))
+        patcher = load_flux(str(tiny))
         monkeypatch.delenv("SVDQ_BACKEND", raising=False)
         return patcher
 
@@ -52,11 +44,11 @@ def unfused(patcher):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("size", "tokens", "batch"), [(16, 20, 1), (16, 20, 2), (18, 77, 1), (32, 64, 3)])
-def test_fused_blocks_are_the_stock_ones(backend: str, size: int, tokens: int, batch: int, path: Path, load) -> None:
+def test_fused_blocks_are_the_stock_ones(backend: str, size: int, tokens: int, batch: int, tiny: Path, load) -> None:
     """Both round to 16 bits, at different places. The yardstick is how far the dense model is from either."""
-    arguments = inputs(open_checkpoint(path), size=size, tokens=tokens, batch=batch)
+    arguments = inputs(open_checkpoint(tiny), size=size, tokens=tokens, batch=batch)
     fused, stock = forward(load(backend), arguments), forward(unfused(load(backend)), arguments)
-    dense = forward(load_dense(path), arguments)
+    dense = forward(load_dense(tiny), arguments)
     assert torch.isfinite(fused).all()
     error = relative(stock, dense)
     print(f"{backend}: fused - stock {relative(fused, stock):.4f}, fused - dense {relative(fused, dense):.4f}, "
@@ -65,22 +57,22 @@ def test_fused_blocks_are_the_stock_ones(backend: str, size: int, tokens: int, b
     assert relative(fused, dense) <= 1.1 * error
 
 
-def test_int8_is_nearer_to_16_bit_than_int4(path: Path, load) -> None:
-    arguments = inputs(open_checkpoint(path), size=32, tokens=64)
-    dense = forward(load_dense(path), arguments)
+def test_int8_is_nearer_to_16_bit_than_int4(tiny: Path, load) -> None:
+    arguments = inputs(open_checkpoint(tiny), size=32, tokens=64)
+    dense = forward(load_dense(tiny), arguments)
     int4, int8 = (relative(forward(load(backend), arguments), dense) for backend in BACKENDS)
     print(f"int4 {int4:.4f}, int8 {int8:.4f} from the dense model")
     assert int8 < 0.7 * int4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_graphs_change_no_bit(backend: str, path: Path, load) -> None:
+def test_graphs_change_no_bit(backend: str, tiny: Path, load) -> None:
     """Without a graph, captured, replayed, with other inputs, another size in between, and after an unload."""
     import comfy.model_management as management
 
     patcher = load(backend)
     graphs = patcher.model.diffusion_model.double_blocks[0].graphs
-    small, large = (inputs(open_checkpoint(path), size=size, tokens=64, batch=1) for size in (16, 32))
+    small, large = (inputs(open_checkpoint(tiny), size=size, tokens=64, batch=1) for size in (16, 32))
     other = small | {"x": small["x"] + 1, "timestep": small["timestep"] * 0.5}
     plain = {}
     for name, arguments in (("small", small), ("large", large), ("other", other)):
@@ -99,9 +91,9 @@ def test_graphs_change_no_bit(backend: str, path: Path, load) -> None:
         assert torch.equal(forward_once(patcher, small), plain["small"])
 
 
-def test_what_looks_inside_gets_the_stock_block(path: Path, load) -> None:
+def test_what_looks_inside_gets_the_stock_block(tiny: Path, load) -> None:
     patcher = load("int8")
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
     forward(patcher, arguments)
     seen = []
 
@@ -116,9 +108,9 @@ def test_what_looks_inside_gets_the_stock_block(path: Path, load) -> None:
     assert torch.equal(stock, forward_once(unfused(patcher), arguments))
 
 
-def test_an_attention_override_is_asked(path: Path, load) -> None:
+def test_an_attention_override_is_asked(tiny: Path, load) -> None:
     patcher = load("int8")
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
     expected, seen = forward(patcher, arguments), []
 
     def override(function, q, k, v, heads, **options):
@@ -133,7 +125,7 @@ def test_an_attention_override_is_asked(path: Path, load) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["override", "mask"])
 def test_graphs_around_attention_change_no_bit(
-    backend: str, kind: str, path: Path, load, monkeypatch: pytest.MonkeyPatch
+    backend: str, kind: str, tiny: Path, load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention that is asked each time, between two graphs of a block; another mask each time; after an unload."""
     import comfy.model_management as management
@@ -141,7 +133,7 @@ def test_graphs_around_attention_change_no_bit(
     from svdq.model import graphs
 
     patcher = load(backend)
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
     length, asked = 64 + 8 * 8, []
 
     def override(function, q, k, v, heads, **options):
@@ -188,10 +180,10 @@ def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_compile(backend: str, path: Path, load) -> None:
+def test_torch_compile(backend: str, tiny: Path, load) -> None:
     """Inductor compiles the layers around the blocks in another order of roundings, which random weights amplify: the
     dense model, compiled, moves as far."""
-    patcher, dense, arguments = load(backend), load_dense(path), inputs(open_checkpoint(path), size=16, tokens=20)
+    patcher, dense, arguments = load(backend), load_dense(tiny), inputs(open_checkpoint(tiny), size=16, tokens=20)
     error = relative(forward(patcher, arguments), forward(dense, arguments))
     flux = patcher.model.diffusion_model
     torch._dynamo.reset()
@@ -207,24 +199,24 @@ def test_torch_compile(backend: str, path: Path, load) -> None:
         torch._dynamo.reset()
 
 
-def test_loras_of_a_rank_beyond_the_kernels_are_applied_beside_them(path: Path, load) -> None:
+def test_loras_of_a_rank_beyond_the_kernels_are_applied_beside_them(tiny: Path, load) -> None:
     import comfy.sd
 
-    hidden = open_checkpoint(path).config.hidden_size
+    hidden = open_checkpoint(tiny).config.hidden_size
     generator = torch.Generator().manual_seed(0)
     lora = {
         f"diffusion_model.single_blocks.0.linear1.lora_{name}.weight": torch.randn(*shape, generator=generator) * 0.1
         for name, shape in (("down", (300, hidden)), ("up", (7 * hidden, 300)))
     }
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
-    patcher, dense = load("int4"), load_dense(path)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
+    patcher, dense = load("int4"), load_dense(tiny)
     base = relative(forward(patcher, arguments), forward(dense, arguments))
     patched, expected = (comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0] for model in (patcher, dense))
     assert relative(forward(patched, arguments), forward(expected, arguments)) <= 1.3 * base
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_graphs_under_loras(backend: str, path: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_under_loras(backend: str, tiny: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On, another strength, off, two at once: the bits of a model without graphs; a strength needs no new graphs."""
     import comfy.sd
     import comfy.utils
@@ -232,10 +224,10 @@ def test_graphs_under_loras(backend: str, path: Path, load, tmp_path: Path, monk
 
     from svdq.model import graphs
 
-    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(tiny).config)
     lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
     lora = {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
     patcher = load(backend)
 
     def run(*strengths: float) -> torch.Tensor:
@@ -261,14 +253,14 @@ def test_graphs_under_loras(backend: str, path: Path, load, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loras_stay_fused(backend: str, path: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loras_stay_fused(backend: str, tiny: Path, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On and off again, two of them, a change of strength; beside the dense model with the same LoRAs."""
     import comfy.sd
     import comfy.utils
     from comfy.ldm.flux.layers import DoubleStreamBlock
     from test_memory_modes import write_lora
 
-    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(tiny).config)
     lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
     lora = {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}  # biases are not fused
 
@@ -277,8 +269,8 @@ def test_loras_stay_fused(backend: str, path: Path, load, tmp_path: Path, monkey
             patcher = comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0)[0]
         return patcher
 
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
-    patcher, dense = load(backend), load_dense(path)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
+    patcher, dense = load(backend), load_dense(tiny)
     plain = forward(patcher, arguments)
     base = relative(plain, forward(dense, arguments))
     stock_blocks = []

@@ -10,7 +10,6 @@ import torch
 from flux_models import forward, inputs, relative
 from test_memory_modes import write_lora
 
-from svdq.cli.synth import synth
 from svdq.kernels import reference
 from svdq.loaders import open_checkpoint
 
@@ -80,15 +79,8 @@ class PlainLayers:
         return y if out is None else out.copy_(y)
 
 
-@pytest.fixture(scope="module")
-def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("blocks") / "dev.safetensors"
-    synth(path, variant="dev", scale="tiny", seed=3)
-    return path
-
-
 @pytest.fixture
-def models(path: Path, monkeypatch: pytest.MonkeyPatch):
+def models(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """(MODEL with fused blocks, the same with stock ones, the layers of the first)."""
     from svdq.model import flux, load_flux
     from svdq.model.ops import QuantizedLinear
@@ -98,7 +90,7 @@ def models(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(QuantizedLinear, "plain", lambda self, dtype: plain(self, self.weight._params.scale.dtype))
     monkeypatch.setattr(QuantizedLinear, "_has_room", lambda self, ranks: True)
     layers = PlainLayers()
-    fused, stock = load_flux(str(path), "16bit"), load_flux(str(path), "16bit")
+    fused, stock = load_flux(str(tiny), "16bit"), load_flux(str(tiny), "16bit")
     flux.fuse_blocks(fused.model.diffusion_model, SimpleNamespace(kernels=True, layers=layers))
     graphs = SimpleNamespace(run=lambda block, addresses, compute, tensors, n: (compute(*tensors), tensors[:n])[1],
                              clear=lambda: None)  # fmt: skip
@@ -108,16 +100,16 @@ def models(path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("size", "tokens", "batch"), [(16, 20, 1), (16, 20, 2), (10, 7, 3)])
-def test_fused_blocks_are_the_stock_ones(models, path: Path, size: int, tokens: int, batch: int) -> None:
+def test_fused_blocks_are_the_stock_ones(models, tiny: Path, size: int, tokens: int, batch: int) -> None:
     fused, stock, layers = models
-    arguments = inputs(open_checkpoint(path), size=size, tokens=tokens, batch=batch)
+    arguments = inputs(open_checkpoint(tiny), size=size, tokens=tokens, batch=batch)
     assert relative(forward(fused, arguments), forward(stock, arguments)) < LIMIT
     assert layers.products > 0
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_weights_that_core_brings_are_used_before_the_next_ones_come(
-    models, path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+    models, tiny: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Core brings offloaded weights through buffers that it writes over: here, each time, all that came before."""
     import comfy.ops
@@ -125,7 +117,7 @@ def test_weights_that_core_brings_are_used_before_the_next_ones_come(
     from svdq.model import flux, ops
 
     fused, stock, layers = models
-    arguments = inputs(open_checkpoint(path), batch=batch)
+    arguments = inputs(open_checkpoint(tiny), batch=batch)
     expected = forward(stock, arguments)
     forward(fused, arguments)
     products, brought = layers.products, []
@@ -166,10 +158,10 @@ def test_rotations_are_the_stock_ones(comfy, axes_dim: tuple[int, ...]) -> None:
     assert torch.equal(fused(whole[..., :1]), stock(whole[..., :1])), "fewer axes than the model has"
 
 
-def test_torch_compile_leaves_blocks_out(models, path: Path) -> None:
+def test_torch_compile_leaves_blocks_out(models, tiny: Path) -> None:
     """The whole model, as TorchCompileModel does it, but for the backend."""
     fused, _, layers = models
-    arguments, compiled_parts = inputs(open_checkpoint(path)), []
+    arguments, compiled_parts = inputs(open_checkpoint(tiny)), []
     expected = forward(fused, arguments)
     products = layers.products
 
@@ -190,15 +182,15 @@ def test_torch_compile_leaves_blocks_out(models, path: Path) -> None:
     torch._dynamo.reset()
 
 
-def test_loras_are_in_the_low_rank_branch(models, path: Path, tmp_path: Path) -> None:
+def test_loras_are_in_the_low_rank_branch(models, tiny: Path, tmp_path: Path) -> None:
     import comfy.sd
     import comfy.utils
 
     fused, stock, layers = models
-    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(tiny).config)
     lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
     lora = {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}
-    arguments = inputs(open_checkpoint(path))
+    arguments = inputs(open_checkpoint(tiny))
     before = forward(fused, arguments)
     products = layers.products
     patched = [comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)[0] for model in (fused, stock)]
@@ -209,9 +201,9 @@ def test_loras_are_in_the_low_rank_branch(models, path: Path, tmp_path: Path) ->
     assert torch.equal(forward(fused, arguments), before)
 
 
-def test_a_mask_and_an_override_reach_the_attention(models, path: Path) -> None:
+def test_a_mask_and_an_override_reach_the_attention(models, tiny: Path) -> None:
     fused, stock, _ = models
-    arguments = inputs(open_checkpoint(path), batch=1)
+    arguments = inputs(open_checkpoint(tiny), batch=1)
     length = arguments["context"].shape[1] + arguments["x"].shape[-1] ** 2 // 4
     mask = torch.zeros(1, length, length).masked_fill(torch.rand(1, length, length) < 0.2, -1e4)
     masked = [run(model, arguments, attention_mask=mask) for model in (fused, stock)]
@@ -229,9 +221,9 @@ def test_a_mask_and_an_override_reach_the_attention(models, path: Path) -> None:
 
 
 @pytest.mark.parametrize("patch", ["attn1_patch", "attn1_output_patch"])
-def test_what_looks_inside_gets_the_stock_blocks(models, path: Path, patch: str) -> None:
+def test_what_looks_inside_gets_the_stock_blocks(models, tiny: Path, patch: str) -> None:
     fused, stock, layers = models
-    arguments, seen = inputs(open_checkpoint(path), batch=1), []
+    arguments, seen = inputs(open_checkpoint(tiny), batch=1), []
 
     def look(*args, **options):
         seen.append(1)
@@ -243,9 +235,9 @@ def test_what_looks_inside_gets_the_stock_blocks(models, path: Path, patch: str)
 
 
 @pytest.mark.parametrize("name", ["img_attn.norm.query_norm", "img_mlp", "txt_mod", "img_attn.proj"])
-def test_what_is_hooked_to_a_part_or_put_in_its_place_is_called(models, path: Path, name: str) -> None:
+def test_what_is_hooked_to_a_part_or_put_in_its_place_is_called(models, tiny: Path, name: str) -> None:
     fused, _, layers = models
-    arguments, seen = inputs(open_checkpoint(path), batch=1), []
+    arguments, seen = inputs(open_checkpoint(tiny), batch=1), []
     block = fused.model.diffusion_model.double_blocks[0]
     expected = run(fused, arguments)
     products, part = layers.products, block.get_submodule(name)
@@ -278,10 +270,10 @@ def test_what_is_hooked_to_a_part_or_put_in_its_place_is_called(models, path: Pa
     assert 2 in seen
 
 
-def test_patches_between_blocks_see_what_they_would(models, path: Path) -> None:
+def test_patches_between_blocks_see_what_they_would(models, tiny: Path) -> None:
     """patches_replace gets and returns the same tensors as with stock blocks."""
     fused, stock, _ = models
-    arguments = inputs(open_checkpoint(path), batch=1)
+    arguments = inputs(open_checkpoint(tiny), batch=1)
 
     def replace(args, extra):
         out = extra["original_block"](args)

@@ -16,7 +16,6 @@ from flux_models import forward, inputs, relative
 from test_flux_blocks_cpu import PlainLayers
 from test_memory_modes import write_lora
 
-from svdq.cli.synth import synth
 from svdq.kernels import layout, reference
 from svdq.loaders import open_checkpoint
 
@@ -26,24 +25,17 @@ FREE = 10**12  # bytes
 
 
 @pytest.fixture(scope="module")
-def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("kept") / "dev.safetensors"
-    synth(path, variant="dev", scale="tiny", seed=3)
-    return path
-
-
-@pytest.fixture(scope="module")
-def lora(path: Path) -> dict:
+def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     import comfy.utils
 
-    file = path.with_name("lora.safetensors")
-    write_lora(file, open_checkpoint(path).config)
+    file = tmp_path_factory.mktemp("kept") / "lora.safetensors"
+    write_lora(file, open_checkpoint(tiny).config)
     return {key: value for key, value in comfy.utils.load_torch_file(str(file)).items() if not key.endswith("diff_b")}
 
 
 @pytest.fixture(scope="module")
-def arguments(path: Path) -> dict:
-    return inputs(open_checkpoint(path), size=8, tokens=4, batch=1)
+def arguments(tiny: Path) -> dict:
+    return inputs(open_checkpoint(tiny), size=8, tokens=4, batch=1)
 
 
 # ---- stand-ins for kernels
@@ -134,11 +126,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def load(path: Path, kernels, free):
+def load(tiny: Path, kernels, free):
     from svdq.model import flux, load_flux
 
     def load(weights: str):
-        patcher = load_flux(str(path), "16bit")
+        patcher = load_flux(str(tiny), "16bit")
         flux.fuse_blocks(patcher.model.diffusion_model, SimpleNamespace(kernels=True, layers=kernels.INT8), weights)
         graphs = Graphs()
         for block in flux.fused_blocks(patcher.model.diffusion_model):
@@ -296,13 +288,13 @@ def test_the_rule(weights: str, load, free, arguments: dict, caplog: pytest.LogC
         management.unload_all_models()
 
 
-def test_a_choice_without_effect_is_named(path: Path, comfy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_choice_without_effect_is_named(tiny: Path, comfy, caplog: pytest.LogCaptureFixture) -> None:
     from svdq.model import load_flux
 
-    load_flux(str(path), "16bit", "int8")
+    load_flux(str(tiny), "16bit", "int8")
     assert [record for record in caplog.records if "weights int8 changes nothing" in record.getMessage()]
     with pytest.raises(ValueError, match="weights is 'fp8', expected one of auto, int4, int8"):
-        load_flux(str(path), "16bit", "fp8")
+        load_flux(str(tiny), "16bit", "fp8")
 
 
 def test_sizes(load, arguments: dict, lora: dict) -> None:

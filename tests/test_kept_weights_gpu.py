@@ -9,31 +9,23 @@ import torch
 from flux_models import forward, inputs
 from test_memory_modes import write_lora
 
-from svdq.cli.synth import synth
 from svdq.loaders import open_checkpoint
 
 pytestmark = [pytest.mark.comfy, pytest.mark.gpu]
 
 
-@pytest.fixture(scope="module")
-def path(comfy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("kept") / "dev.safetensors"
-    synth(path, variant="dev", scale="tiny", seed=3)
-    return path
-
-
 @pytest.fixture
-def load(path: Path):
+def load(tiny: Path):
     from svdq.model import load_flux
 
-    return lambda weights: load_flux(str(path), "int8", weights)
+    return lambda weights: load_flux(str(tiny), "int8", weights)
 
 
 @pytest.fixture
-def lora(path: Path, tmp_path: Path) -> dict:
+def lora(tiny: Path, tmp_path: Path) -> dict:
     import comfy.utils
 
-    write_lora(tmp_path / "lora.safetensors", open_checkpoint(path).config)
+    write_lora(tmp_path / "lora.safetensors", open_checkpoint(tiny).config)
     lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
     return {name: tensor for name, tensor in lora.items() if not name.endswith("diff_b")}
 
@@ -45,14 +37,14 @@ def blocks_of(patcher) -> list:
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_no_bit_changes(size: int, path: Path, load, lora: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_changes(size: int, tiny: Path, load, lora: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, LoRAs and strengths, off again, half of the memory asked back, after an unload: as without copies."""
     import comfy.model_management as management
     import comfy.sd
 
     from svdq.model import graphs
 
-    arguments = inputs(open_checkpoint(path), size=size, tokens=64, batch=1)
+    arguments = inputs(open_checkpoint(tiny), size=size, tokens=64, batch=1)
 
     def run(patcher, *strengths: float) -> torch.Tensor:
         for strength in strengths:
@@ -81,13 +73,13 @@ def test_no_bit_changes(size: int, path: Path, load, lora: dict, monkeypatch: py
     assert kept.held > 0
 
 
-def test_memory_is_what_is_reported_and_comes_back(path: Path, load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_what_is_reported_and_comes_back(tiny: Path, load, monkeypatch: pytest.MonkeyPatch) -> None:
     import comfy.model_management as management
 
     from svdq.model import graphs
 
     monkeypatch.setattr(graphs, "enabled", lambda index: False)  # they have memory of their own
-    arguments = inputs(open_checkpoint(path), size=16, tokens=64, batch=1)
+    arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
     patcher = load("auto")
     if patcher.is_dynamic():
         pytest.skip("torch does not count the memory of dynamic VRAM")
