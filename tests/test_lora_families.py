@@ -175,7 +175,7 @@ def test_dynamic_vram_keeps_what_loras_do_not_change(env: SimpleNamespace, monke
         with_bias.bias_lowvram_function = object()
 
     patcher = object.__new__(SVDQModelPatcherDynamic)  # one that is made needs the GPU's library
-    patcher.model = model
+    patcher.model, patcher.backup = model, {}
     monkeypatch.setattr(ModelPatcherDynamic, "load", load)
     try:
         for module in modules:
@@ -191,6 +191,42 @@ def test_dynamic_vram_keeps_what_loras_do_not_change(env: SimpleNamespace, monke
         for module in modules:
             del module._v, module._v_signature
             module.bias_lowvram_function = None
+
+
+def test_dynamic_vram_leaves_small_parameters_in_their_place(
+    env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs know where they are; core copies them anew in every load."""
+    from comfy.model_patcher import ModelPatcherDynamic
+    from comfy.utils import get_attr, set_attr_param
+
+    from svdq.model.patcher import SVDQModelPatcherDynamic
+
+    model = env.pair("dev")[0].model
+    keys = [f"diffusion_model.single_blocks.0.norm.{name}_norm.weight" for name in ("query", "key")]
+    stored = {key: get_attr(model, key) for key in keys}
+    added = 0.0
+
+    def load(self, *args: object, **kwargs: object) -> None:
+        for key, backup in list(self.backup.items()):
+            set_attr_param(model, key, backup.weight)
+        for key in keys:
+            self.backup[key] = SimpleNamespace(weight=get_attr(model, key))
+            set_attr_param(model, key, stored[key].detach() + added)
+
+    patcher = object.__new__(SVDQModelPatcherDynamic)  # one that is made needs the GPU's library
+    patcher.model, patcher.backup = model, {}
+    monkeypatch.setattr(ModelPatcherDynamic, "load", load)
+    try:
+        patcher.load("cuda")
+        places = [get_attr(model, key).data_ptr() for key in keys]
+        for added in (0.0, 0.5, 0.0):
+            patcher.load("cuda")
+            assert [get_attr(model, key).data_ptr() for key in keys] == places
+            assert all(torch.equal(get_attr(model, key), stored[key] + added) for key in keys)
+    finally:
+        for key in keys:
+            set_attr_param(model, key, stored[key])
 
 
 # ---- what does not fit
@@ -294,6 +330,28 @@ def test_one_nan_anywhere_is_found(part: str, env: SimpleNamespace) -> None:
     lora[key] = (lora[key].float() * torch.nan).to(lora[key].dtype)
     with pytest.raises(ValueError, match="found NaN or infinite values \\(in 1 of 6 weights"):
         with_lora(env.pair("dev")[0], lora)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_only_what_is_not_finite_is_found(dtype: torch.dtype, env: SimpleNamespace) -> None:
+    """By the bits of a type: of each value that it has (of 16 bits and less), as it is in a row of others."""
+    from svdq.model.lora import _is_finite
+
+    if dtype.itemsize <= 2:
+        bits = torch.arange(1 << 8 * dtype.itemsize).to(torch.uint8 if dtype.itemsize == 1 else torch.uint16)
+        values = bits.view(dtype)
+    else:
+        limits = torch.finfo(dtype)
+        values = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+        values = torch.cat([values, -values])
+    finite = values.float().isfinite() if dtype.itemsize <= 2 else values.isfinite()
+    assert _is_finite(values[finite]) and not finite.all()
+    for value in values[~finite][:: max(1, len(values) // 512)]:
+        row = values[finite][:7].clone()
+        row[3] = value
+        assert not _is_finite(row) and not _is_finite(row[1::2]), value
 
 
 def test_a_hook_with_values_that_are_not_finite_is_refused(env: SimpleNamespace) -> None:
