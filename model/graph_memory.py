@@ -2,8 +2,8 @@
 
 ComfyUI has torch allocate with cudaMallocAsync. What that gives out during a capture belongs to the graph: it is not
 there afterwards, Triton refuses it, and giving it back later can end the process. So a capture allocates nothing, but
-takes its temporaries from a buffer that was there before. Their sizes and lifetimes are those of the calls before,
-which ran without a graph: the same computation asks for the same tensors in the same order, from its second call on.
+takes its temporaries from a buffer that was there before. What they are like and how long they live is known from the
+calls before, which ran without a graph: from its second call on, a computation consists of the same operators.
 
 Attention allocates by itself, and cannot be told where its result is to go. It stays outside.
 """
@@ -11,7 +11,7 @@ Attention allocates by itself, and cannot be told where its result is to go. It 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = "cuda"
 _ALIGN = 512  # bytes; torch's own
@@ -44,22 +43,39 @@ class Changed(RuntimeError):
     """A computation has not asked for the same tensors as the time before."""
 
 
+@dataclass(frozen=True)
+class Made:
+    """A new tensor: what it is like, bytes of its memory, and where that goes in the memory of all temporaries."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    size: int
+    offset: int
+
+
 @dataclass
 class Plan:
-    """Where the temporaries of a computation go, in the order in which it asks for them; sizes in bytes."""
+    """Operators of a computation in their order, each with the CUDA tensors that it makes, and bytes of all."""
 
-    sizes: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    operators: list[tuple[Any, tuple[Made, ...]]] = field(default_factory=list)
     total: int = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each temporary."""
+        return [made.size for _, all_made in self.operators for made in all_made]
 
 
 class _Operators(TorchDispatchMode):
-    """Gives ``_call`` the operators of which others are made, and only these."""
+    """Gives ``_call`` the operators that make tensors, not those that are made of others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.has_kernel_for_dispatch_key(_COMPOSITE):
+        if _is_composite(func):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
+        if _makes_nothing(func):
+            return func(*args, **(kwargs or {}))
         return self._call(func, args, kwargs or {})
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -76,8 +92,7 @@ class Watch(_Operators):
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         out = func(*args, **kwargs)
-        for tensor in _new(args, kwargs, out):
-            self._place(tensor.untyped_storage())
+        self.plan.operators.append((func, tuple(self._place(tensor) for tensor in _new(args, kwargs, out))))
         return out
 
     def unseen(self, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -94,9 +109,10 @@ class Watch(_Operators):
 
         return outside
 
-    def _place(self, storage: torch.UntypedStorage) -> None:
+    def _place(self, tensor: Tensor) -> Made:
         """The first gap between those that are alive."""
         self._alive = [entry for entry in self._alive if not entry[0].expired()]
+        storage = tensor.untyped_storage()
         size = -(-storage.nbytes() // _ALIGN) * _ALIGN
         offset = 0
         for _, first, last in self._alive:
@@ -105,9 +121,8 @@ class Watch(_Operators):
             offset = last
         self._alive.append((StorageWeakRef(storage), offset, offset + size))
         self._alive.sort(key=lambda entry: entry[1])
-        self.plan.sizes.append(storage.nbytes())
-        self.plan.offsets.append(offset)
         self.plan.total = max(self.plan.total, offset + size)
+        return Made(tuple(tensor.shape), tensor.stride(), tensor.dtype, storage.nbytes(), offset)
 
 
 class Use(_Operators):
@@ -115,50 +130,72 @@ class Use(_Operators):
 
     def __init__(self, plan: Plan, memory: Tensor) -> None:
         super().__init__()
-        self._plan, self._memory, self._next = plan, memory, 0
+        self._operators, self._memory, self._next = plan.operators, memory, 0
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        if func.overloadpacket.__name__ in _EMPTY:
-            like = func(*args, **kwargs | {"device": "meta"})
-            if like.numel() and _on_gpu(args, kwargs):
-                return self._take(like)
-            return func(*args, **kwargs)
-        if func._schema.is_mutable or not any(tensor.device.type == DEVICE for tensor in _tensors((args, kwargs))):
-            return func(*args, **kwargs)
-        shapes = tree_map_only(Tensor, _shape_of, (args, kwargs))
-        like = func(*shapes[0], **shapes[1])
-        if not _new(*shapes, like, "meta"):  # views
+        number = self._next
+        expected, made = self._operators[number] if number < len(self._operators) else ("none", ())
+        if func is not expected:
+            raise Changed(f"operator {number} is {func}; without a graph it was {expected}")
+        self._next += 1
+        if not made:
             return func(*args, **kwargs)
         name, into = func.overloadpacket.__name__, _writing(func)
+        out = self._tensor(made[0])
         if name in _COPY:
-            return self._take(like).copy_(args[0])
+            return out.copy_(args[0])
         if name in _ZERO:
-            return self._take(like).zero_()
-        if into is None or not isinstance(like, Tensor):
-            raise Changed(f"{func} cannot write to memory that is there")
-        options = {name: value for name, value in kwargs.items() if name not in _OF_RESULT}
-        return into(*args, **options, out=self._take(like))
+            out.zero_()
+        elif name not in _EMPTY:
+            if into is None or len(made) > 1:
+                raise Changed(f"{func} cannot write to memory that is there")
+            options = {name: value for name, value in kwargs.items() if name not in _OF_RESULT}
+            out = into(*args, **options, out=out)
+        shape = _shape_asked(name, args) or out.shape
+        if tuple(shape) != made[0].shape or tuple(out.shape) != made[0].shape:
+            raise Changed(f"temporary of {func} is {tuple(shape)}; without a graph it was {made[0].shape}")
+        return out
 
-    def _take(self, like: Tensor) -> Tensor:
-        """A tensor of like's shape, strides and type."""
-        nbytes = like.untyped_storage().nbytes()
-        if self._next >= len(self._plan.sizes) or self._plan.sizes[self._next] != nbytes:
-            raise Changed(f"temporary {self._next} has {nbytes} bytes, not as many as without a graph")
-        offset = self._plan.offsets[self._next]
-        self._next += 1
-        words = self._memory[offset : offset + nbytes].view(like.dtype)
-        return words.as_strided(like.shape, like.stride(), words.storage_offset())
-
-
-def _new(args: tuple, kwargs: dict, out: Any, device: str = "") -> list[Tensor]:
-    """The tensors in ``out`` on ``device`` (DEVICE) with memory of their own."""
-    tensors = [tensor for tensor in _tensors(out) if tensor.device.type == (device or DEVICE)]
-    old = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-    return [t for t in tensors if t.untyped_storage().nbytes() and t.untyped_storage()._cdata not in old]
+    def _tensor(self, made: Made) -> Tensor:
+        words = self._memory[made.offset : made.offset + made.size].view(made.dtype)
+        return words.as_strided(made.shape, made.stride, words.storage_offset())
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _new(args: tuple, kwargs: dict, out: Any) -> list[Tensor]:
+    """The tensors in ``out`` on DEVICE with memory of their own."""
+    found = [tensor for tensor in _tensors(out) if tensor.device.type == DEVICE and tensor.untyped_storage().nbytes()]
+    if not found:
+        return found
+    old = {tensor.untyped_storage()._cdata for part in (args, kwargs) for tensor in _tensors(part)}
+    return [tensor for tensor in found if tensor.untyped_storage()._cdata not in old]
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Those of an operator's arguments or results."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple | dict):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(part)
+
+
+def _shape_asked(name: str, args: tuple) -> tuple[int, ...] | None:
+    """The shape that an operator is asked for, if it is."""
+    if name in ("empty", "empty_strided"):
+        return tuple(args[0])
+    if name in ("new_empty", "new_empty_strided", "new_zeros"):
+        return tuple(args[1])
+    return tuple(args[0].shape) if name in ("empty_like", "zeros_like") else None
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return func.has_kernel_for_dispatch_key(_COMPOSITE)
+
+
+@functools.cache
+def _makes_nothing(func: Any) -> bool:
+    return func.is_view or func._schema.is_mutable
 
 
 @functools.cache
@@ -173,15 +210,3 @@ def _writing(func: Any) -> Any:
         if into == ["out"] and others == wanted and torch.Tag.generated not in form.tags:
             return form
     return None
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _on_gpu(args: tuple, kwargs: dict) -> bool:
-    """Whether one of _EMPTY would put its tensor on DEVICE."""
-    device = kwargs.get("device")
-    if device is None:
-        return isinstance(args[0], Tensor) and args[0].device.type == DEVICE
-    return torch.device(device).type == DEVICE

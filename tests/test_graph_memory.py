@@ -105,12 +105,33 @@ def test_what_is_alive_does_not_overlap(graph_memory) -> None:
     assert len(watch.plan.sizes) == 6 and watch.plan.total == 3584, "the first gap that is large enough"
 
 
-def test_another_computation_is_noticed(graph_memory) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda n: torch.empty(n), lambda n: torch.ones(3).new_zeros(n), lambda n: torch.zeros_like(torch.ones(n))]
+)
+def test_another_computation_is_noticed(graph_memory, make) -> None:
     with graph_memory.Watch() as watch:
-        torch.empty(8).fill_(1)
+        make(8).fill_(1)
     memory = torch.zeros(watch.plan.total, dtype=torch.uint8)
-    with pytest.raises(graph_memory.Changed, match="temporary 0 has 36 bytes"), graph_memory.Use(watch.plan, memory):
-        torch.empty(9)
-    with pytest.raises(graph_memory.Changed, match="temporary 1"), graph_memory.Use(watch.plan, memory):
-        torch.empty(8)
-        torch.empty(8)
+    with pytest.raises(graph_memory.Changed, match=r"is \(9,\); without a graph it was \(8,\)"):
+        with graph_memory.Use(watch.plan, memory):
+            make(9)
+    with pytest.raises(graph_memory.Changed, match=r"\d is aten.eye.default; without a graph it was aten"):
+        with graph_memory.Use(watch.plan, memory):
+            torch.eye(8)
+    with pytest.raises(graph_memory.Changed, match=r"\d is \S+; without a graph it was none"):
+        with graph_memory.Use(watch.plan, memory):
+            make(8).fill_(1)
+            make(8)
+
+
+def test_operators_on_other_shapes_are_noticed(graph_memory) -> None:
+    def compute(*values: Tensor) -> Tensor:
+        return torch.cat(values) * 2
+
+    with graph_memory.Watch() as watch:
+        compute(torch.ones(4), torch.ones(4))
+    memory = torch.zeros(watch.plan.total, dtype=torch.uint8)
+    for others in ((torch.ones(4),), (torch.ones(4), torch.ones(2))):
+        with pytest.raises(graph_memory.Changed, match="without a graph it was"):
+            with graph_memory.Use(watch.plan, memory):
+                compute(*others)
