@@ -220,6 +220,21 @@ def gemv_figures(arch: str, dtype: str = "bf16") -> Figures:
     return compile_for(gemv_kernel, pointers | sizes, constants, arch, WARPS, {*pointers, *aligned}, mma="HMMA")
 
 
+def lora_rows_figures(kernel: str, arch: str, dtype: str = "bf16") -> Figures:
+    """A kernel ("down" or "up") of a LoRA on few rows, as add_lora launches it."""
+    from svdq.kernels import lora_rows
+
+    if kernel == "down":
+        pointers = {"x_ptr": f"*{dtype}", "down_ptr": f"*{dtype}", "t_ptr": "*fp32"}
+        sizes, constants = dict.fromkeys(("K", "R", "stride_x"), "i32"), {"COLUMNS": lora_rows.COLUMNS}
+    else:
+        pointers = {"t_ptr": "*fp32", "up_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+        sizes = dict.fromkeys(("N", "R", "stride_y"), "i32")
+        constants = {"OUTPUTS": lora_rows.OUTPUTS, "RANKS": lora_rows.RANKS}
+    fn = getattr(lora_rows, f"lora_{kernel}_kernel")
+    return compile_for(fn, pointers | sizes, constants, arch, 4, {*pointers, *sizes} - {"R"})
+
+
 def gemm_gelu_quantize_figures(tile, arch: str, dtype: str = "bf16") -> Figures:
     """fc1 with GELU and the quantization for fc2 behind it (kernels/gemm_quantize.py)."""
     from svdq.kernels.gemm_quantize import gemm_gelu_quantize_kernel

@@ -25,6 +25,7 @@ from .gemv import MAX_ROWS, gemv_w4a16
 from .int4 import MAX_RANK, PackedAWQ, PackedW4A4
 from .kept_int8 import factor_bytes, factors_of, keep, kept_bytes, weight_of
 from .layout import concat_lowrank
+from .lora_rows import add_lora
 from .quantize import Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
 
@@ -113,11 +114,17 @@ class Layers(ABC):
         head, tail = self.quantize(x[:, : first.k], first), self.quantize(x[:, first.k :], second)
         return self.multiply_sum(head, first, tail, second, bias)
 
-    def linear_awq(self, x: Tensor, weight: PackedAWQ, bias: Tensor | None) -> Tensor | None:
-        """A modulation layer on x T [M, K], as :func:`kernels.gemv.gemv_w4a16`; None where that does not apply."""
+    def linear_awq(
+        self, x: Tensor, weight: PackedAWQ, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | None:
+        """A modulation layer on x T [M, K], as :func:`kernels.gemv.gemv_w4a16`; None where that does not apply.
+
+        lora: (down T [R, K], up T [N, R]), whose product with x is added.
+        """
         if not 1 <= x.shape[0] <= MAX_ROWS or x.dtype != weight.wscales.dtype:
             return None
-        return gemv_w4a16(x, weight, bias)
+        y = gemv_w4a16(x, weight, bias)
+        return y if lora is None else add_lora(y, x, *lora)
 
 
 class Int4Layers(Layers):

@@ -165,8 +165,10 @@ def linear_parts_w4a4(x: Tensor, parts: tuple[PackedW4A4, ...], axis: int, bias:
     return _round(total, x.dtype)
 
 
-def linear_awq(x: Tensor, weight: PackedAWQ, bias: Tensor | None) -> Tensor | None:
-    """None: a modulation layer is dequantized and multiplied by PyTorch (see linear.py for the kernel)."""
+def linear_awq(
+    x: Tensor, weight: PackedAWQ, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None = None
+) -> Tensor | None:
+    """None: a modulation layer is dequantized and multiplied by PyTorch (see layers.py for the kernels)."""
     return None
 
 

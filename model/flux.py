@@ -123,17 +123,20 @@ class _Weights:
                 self.norms[name] = weight.clone()
                 comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
         self._layers = block.layers
-        self._modulations = [_hold_awq(linear, device, dtype, pins) for linear in block._parts.modulations]
+        self._modulations = [_hold_awq(linear, x, pins) for linear in block._parts.modulations]
         self.modulates = bool(self._modulations) and None not in self._modulations
         if self.modulates:
-            places += [(weight.qweight.data_ptr(), 0 if b is None else b.data_ptr()) for weight, b in self._modulations]
+            for weight, bias, factors in self._modulations:
+                tensors = (weight.qweight, bias, *(factors or ()))
+                places.append(tuple(None if t is None else (t.data_ptr(), t.shape) for t in tensors))
+            self.ranks += tuple(factors is not None for _, _, factors in self._modulations)
         # What a CUDA graph of the block has recorded of its weights, if all of them are resident.
         self.places = tuple(places)
 
     def modulate(self, vec: Tensor) -> tuple[Tensor, ...]:
         """What the block's modulation layers make of vec T [B, hidden], if ``modulates``."""
         vec = nn.functional.silu(vec)
-        return tuple(self._layers.linear_awq(vec, weight, bias) for weight, bias in self._modulations)
+        return tuple(self._layers.linear_awq(vec, *held) for held in self._modulations)
 
     @contextlib.contextmanager
     def use(self, name: str, copied: bool = False) -> Iterator[tuple[tuple[PackedW4A4, ...], Tensor | None]]:
@@ -154,23 +157,24 @@ class _Weights:
 
 
 def _hold_awq(
-    linear: QuantizedLinear, device: torch.device, dtype: torch.dtype, pins: list[Any]
-) -> tuple[PackedAWQ, Tensor | None] | None:
-    """Weight and bias of a modulation layer for kernels with activations of ``dtype``, if they stay on ``device`` (see
-    :func:`slots.resident`), and nobody changes them, watches or takes the place of ``forward``."""
+    linear: QuantizedLinear, x: Tensor, pins: list[Any]
+) -> tuple[PackedAWQ, Tensor | None, tuple[Tensor, Tensor] | None] | None:
+    """Weight, bias and LoRA factors of a modulation layer for kernels with activations like x, if they stay on x's
+    device (see :func:`slots.resident`), and nobody changes them otherwise, watches or takes the place of ``forward``.
+    """
     weight = linear.weight
     if (
         not is_quantized(weight)
         or weight._layout_cls != SVDQAwqLayout.__name__
-        or weight._params.scale.dtype != dtype
-        or not (linear.slots["weight"].empty and linear.slots["bias"].empty)
+        or weight._params.scale.dtype != x.dtype
+        or not linear.has_plain_patches()
         or linear._forward_hooks
         or linear._forward_pre_hooks
         or _is_replaced(linear)
     ):
         return None
-    there = resident(linear, device, pins)
-    return None if there is None else (packed_awq(there[0]._qdata, there[0]._params), there[1])
+    there = resident(linear, x.device, pins)
+    return None if there is None else (packed_awq(there[0]._qdata, there[0]._params), there[1], linear.factors(x))
 
 
 def _is_replaced(module: nn.Module) -> bool:

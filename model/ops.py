@@ -79,6 +79,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self._columns_of: _SortedPatches | None = None
         self._held: Held | None = None
         self._extended: tuple[lora.Columns, _Factors] | None = None
+        self._factors: tuple[lora.Columns, tuple[Tensor, Tensor]] | None = None
         self._origin = Origin()
         self.staged: Staged | None = None  # set by patcher.py
         self._one_input = False  # whether both parts of the weight smooth their common input alike
@@ -280,6 +281,10 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
+    def has_plain_patches(self) -> bool:
+        """Whether there are no patches but LoRAs that columns express."""
+        return self.slots["bias"].empty and not self._sort_patches().rest
+
     def plain(self, dtype: torch.dtype) -> bool:
         """Whether fused kernels can take this linear with activations of ``dtype``: SVDQuant, no patches but plain
         LoRAs, no functions of other packs, and nobody in the place of ``forward`` (ComfyUI's bypass LoRA)."""
@@ -350,6 +355,24 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             for part, factors in zip(parts, self._extended[1], strict=True)
         )
 
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(down [R, K], up [N, R]) of the plain LoRAs on a weight, for activations like x; None if there are none.
+
+        Those of another strength are where the ones before were.
+        """
+        columns = self._split_patches(x)[0]
+        if columns is None:
+            self._factors = None
+        return None if columns is None else self._kept_factors(columns)
+
+    def _kept_factors(self, columns: lora.Columns) -> tuple[Tensor, Tensor]:
+        if self._factors is None or self._factors[0] is not columns:
+            new = [(columns.down, columns.up)]
+            if self._factors is not None and self._factors[0].key == columns.key:
+                new = _in_place([self._factors[1]], new)
+            self._factors = (columns, new[0])
+        return self._factors[1]
+
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns, rest = self._split_patches(x)
         # A bias that is not owned has its patches applied already, by core.
@@ -358,9 +381,9 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
         if as_stored and self.backend.precision != "16bit":
-            inside = svdq and self.backend.kernels and columns is not None and self._has_room(len(columns.down))
+            inside = self.backend.kernels and columns is not None and (not svdq or self._has_room(len(columns.down)))
             y = self._quantized(x, weight, bias, columns if inside else None)
-            if inside:
+            if inside and y is not None:
                 return y
         if y is None:
             dense, bias = self._dense(x, weight, bias, rest, bias_patches)
@@ -370,8 +393,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def _quantized(
         self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, columns: lora.Columns | None
     ) -> Tensor | None:
-        """The linear with quantized activations, or None where it has to be dequantized. columns: for kernels, in the
-        low-rank branch of an SVDQuant linear."""
+        """The linear with quantized activations, or None where it has to be dequantized. columns: for kernels, of the
+        low-rank branch of an SVDQuant linear or beside a modulation layer."""
         # That is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
         rows = x.reshape(-1, x.shape[-1]).to(weight._params.scale.dtype)
         compute = self.backend.layers
@@ -379,7 +402,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             parts = self._with_columns(packed_parts(weight._qdata, weight._params), columns)
             y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
         else:
-            y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias)
+            lora_factors = None if columns is None else self._kept_factors(columns)
+            y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias, lora_factors)
         return None if y is None else y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
     def _dense(

@@ -20,6 +20,7 @@ import test_gemm_int4
 import test_gemm_int8
 import test_gemm_quantize
 import test_gemv
+import test_lora_rows
 import test_quantize
 import test_quantize_int8
 import torch
@@ -152,6 +153,13 @@ def gemv(rows: int) -> None:
     _check(gemv_w4a16(x.cuda(), test_gemv.to_gpu(layer.pack(3))), test_gemv.exact(x, layer))
 
 
+def lora_rows(rows: int) -> None:
+    from svdq.kernels.lora_rows import add_lora
+
+    y, *others = test_lora_rows.factors(rows, 132, 320, 20, DTYPE)
+    _check(add_lora(y.cuda(), *(tensor.cuda() for tensor in others)), test_lora_rows.exact(y, *others))
+
+
 def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what raises AssertionError if a result is wrong)."""
     for tile in TILES.get(arch, ()):
@@ -168,6 +176,7 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield name, lambda u=act_unsigned, r=rank: quantize(u, r)
     for rows in (1, 3, 8):
         yield f"gemv {rows}", lambda r=rows: gemv(r)
+        yield f"LoRA on {rows} rows", lambda r=rows: lora_rows(r)
     for act_unsigned in (False, True):
         sign = "unsigned" if act_unsigned else "signed"
         yield f"expand to int8, {sign}", lambda u=act_unsigned: expand(u)

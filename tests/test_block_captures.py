@@ -140,6 +140,7 @@ def test_a_capture_allocates_nothing(
     assert graphs.runs == len(blocks)
     kernels = {kernel for kernel in started if not kernel.startswith("compiled")}
     assert {"gemv_kernel", "quantize_kernel" if name == "int4" else "quantize_int8_kernel"} <= kernels
+    assert ("lora_up_kernel" in kernels) == (loras > 0), "the LoRA has a modulation layer"
     # Compiled before they start, once for each kind of block; what kept weights are made with starts before that.
     ahead = {f"compiled {kernel}" for kernel in kernels}
     ahead -= {"compiled expand_kernel", "compiled _factors_kernel"} if weights == "int8" else set()

@@ -112,16 +112,16 @@ def test_another_computation_is_noticed(graph_memory, make) -> None:
     with graph_memory.Watch() as watch:
         make(8).fill_(1)
     memory = torch.zeros(watch.plan.total, dtype=torch.uint8)
-    with pytest.raises(graph_memory.Changed, match=r"is \(9,\); without a graph it was \(8,\)"):
-        with graph_memory.Use(watch.plan, memory):
-            make(9)
-    with pytest.raises(graph_memory.Changed, match=r"\d is aten.eye.default; without a graph it was aten"):
-        with graph_memory.Use(watch.plan, memory):
-            torch.eye(8)
-    with pytest.raises(graph_memory.Changed, match=r"\d is \S+; without a graph it was none"):
-        with graph_memory.Use(watch.plan, memory):
-            make(8).fill_(1)
-            make(8)
+    changed = pytest.raises(graph_memory.Changed, match=r"is \(9,\); without a graph it was \(8,\)")
+    with changed, graph_memory.Use(watch.plan, memory):
+        make(9)
+    changed = pytest.raises(graph_memory.Changed, match=r"\d is aten.eye.default; without a graph it was aten")
+    with changed, graph_memory.Use(watch.plan, memory):
+        torch.eye(8)
+    changed = pytest.raises(graph_memory.Changed, match=r"\d is \S+; without a graph it was none")
+    with changed, graph_memory.Use(watch.plan, memory):
+        make(8).fill_(1)
+        make(8)
 
 
 def test_operators_on_other_shapes_are_noticed(graph_memory) -> None:
@@ -132,6 +132,6 @@ def test_operators_on_other_shapes_are_noticed(graph_memory) -> None:
         compute(torch.ones(4), torch.ones(4))
     memory = torch.zeros(watch.plan.total, dtype=torch.uint8)
     for others in ((torch.ones(4),), (torch.ones(4), torch.ones(2))):
-        with pytest.raises(graph_memory.Changed, match="without a graph it was"):
-            with graph_memory.Use(watch.plan, memory):
-                compute(*others)
+        changed = pytest.raises(graph_memory.Changed, match="without a graph it was")
+        with changed, graph_memory.Use(watch.plan, memory):
+            compute(*others)

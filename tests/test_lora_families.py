@@ -344,7 +344,7 @@ def test_only_what_is_not_finite_is_found(dtype: torch.dtype, env: SimpleNamespa
         values = bits.view(dtype)
     else:
         limits = torch.finfo(dtype)
-        values = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+        values = torch.tensor([0.0, limits.max, limits.tiny, torch.inf, torch.nan], dtype=dtype)
         values = torch.cat([values, -values])
     finite = values.float().isfinite() if dtype.itemsize <= 2 else values.isfinite()
     assert _is_finite(values[finite]) and not finite.all()
