@@ -30,8 +30,7 @@ from . import graph_memory
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "SVDQ_CUDA_GRAPHS"  # 0: blocks run without; 1: with, on every GPU
-LEAST_MEMORY = 20 * 2**30  # bytes of a GPU; on smaller ones, whose VRAM is full, captures have failed
+VARIABLE = "SVDQ_CUDA_GRAPHS"  # 0: blocks run without
 LEAST_FREE = 512 * 2**20  # bytes of VRAM for what the driver allocates for a graph
 SHAPES = 2  # sets of shapes that are kept
 PLACES = 2  # of the weights, for each block: with a LoRA and without
@@ -98,7 +97,7 @@ class BlockGraphs:
         graph. With a graph, what is returned are the graph's tensors.
         """
         device = tensors[0].device
-        if torch.cuda.is_current_stream_capturing() or self._broken or not enabled(device.index):
+        if torch.cuda.is_current_stream_capturing() or self._broken or not enabled():
             compute(attend, *tensors)
             return tensors[:streams]
         weights = (apart, *weights)
@@ -250,7 +249,6 @@ def _watched(
 
 
 @functools.cache
-def enabled(index: int | None) -> bool:
-    """Whether the GPU is large enough for graphs, or what the environment says of it."""
-    asked = os.environ.get(VARIABLE, "").strip()
-    return asked == "1" or (asked != "0" and torch.cuda.get_device_properties(index).total_memory >= LEAST_MEMORY)
+def enabled() -> bool:
+    """What the environment says of graphs."""
+    return os.environ.get(VARIABLE, "").strip() != "0"
