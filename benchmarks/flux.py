@@ -94,7 +94,8 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
 
 def measure_lora(patcher, size: int, batch: int) -> dict:
     """A LoRA of rank 16 on every quantized linear, through ComfyUI's own functions: seconds that adding it, another
-    strength and removing it take (add_s, strength_s, remove_s), and a step with it in ms (lora_ms).
+    strength and removing it take (add_s, strength_s, remove_s), and a step with it (lora_ms, and lora_ in front of what
+    :func:`profile` gives).
 
     A change is loading the model with it and three steps, after which all graphs are as they will be, less the same
     without a change.
@@ -131,12 +132,15 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
     added, patched = run(lambda: with_lora(1.0))
     later = settled(patched)
     lora_ms = statistics.median(step(patched) for _ in range(STEPS)) * 1e3
+    flux = patcher.model.diffusion_model
+    gpu = profile(lambda: flux(**values)) if torch.cuda.is_available() else {}
     changed, stronger = run(lambda: with_lora(0.5))
     removed, _ = run(lambda: patcher)
     del patched, stronger
     torch.cuda.empty_cache() if torch.cuda.is_available() else None
     seconds = {"add_s": added - later, "strength_s": changed - later, "remove_s": removed - plain}
-    return {name: round(value, 3) for name, value in seconds.items()} | {"lora_ms": round(lora_ms, 2)}
+    row = {name: round(value, 3) for name, value in seconds.items()} | {"lora_ms": round(lora_ms, 2)}
+    return row | {f"lora_{name}": value for name, value in gpu.items()}
 
 
 def inputs(patcher, size: int, batch: int) -> dict:

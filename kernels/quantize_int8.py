@@ -52,7 +52,7 @@ from .quantize_int8_block import (
     word_layout,
 )
 
-RANKS = 64  # low-rank columns of one launch, at most
+RANKS = 64  # low-rank columns of one launch, at most: what low_rank_of_warps takes
 MAX_BLOCKS = 16384  # of those whose slices tell each other something
 _AHEAD = 4  # steps whose copies are under way
 _SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # of a block, at most

@@ -361,7 +361,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         Those of another strength are where the ones before were.
         """
         columns = self._split_patches(x)[0]
-        if columns is None:
+        if columns is None and self._factors is not None:  # setting it takes as long as all this
             self._factors = None
         return None if columns is None else self._kept_factors(columns)
 

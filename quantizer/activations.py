@@ -23,6 +23,7 @@ from ..loaders.write import Spec, safetensors_writer
 
 ROWS = 256  # of each input, kept to measure output errors on
 _MOMENT_ROWS = 1024  # of each call, at most, that count for second moments
+_WAITING = 64 * 2**20  # bytes of rows on the device until they are copied
 _SEED = 0x5D0
 _LEAST_IMPORTANCE = 0.01  # of a channel, relative to the mean: calibration has not seen everything
 
@@ -91,7 +92,8 @@ def collect(calibration: Calibration, names: list[str], on_step: OnStep) -> dict
 
     Raises CheckpointError if one is not finite or was never used.
     """
-    recorders = {name: _Inputs(seed) for seed, name in enumerate(names, start=_SEED)}
+    transfer = _Transfer()
+    recorders = {name: _Inputs(seed, transfer) for seed, name in enumerate(names, start=_SEED)}
     _run(calibration, recorders, on_step)
     return {name: recorder.result(name) for name, recorder in recorders.items()}
 
@@ -151,42 +153,66 @@ def _pass_on(record: Callable[[Tensor], None], module: nn.Module, arguments: tup
     record(x.reshape(-1, x.shape[-1]))
 
 
-class _Inputs:
-    """Collects :class:`InputStatistics` over calls, where the inputs are. On the CPU there are only the rows, handled by
-    NumPy: torch's many threads take milliseconds for each of these small operations, ten times as long as the model."""
+class _Transfer:
+    """Brings rows to the CPU, many at a time: each copy waits for the device, and the model's weights with it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self._nbytes = 0
+
+    def put(self, rows: Tensor, take: Callable[[Tensor], None]) -> None:
+        """Later, but in this order: take(rows on the CPU)."""
+        self._waiting.append((rows, take))
+        self._nbytes += rows.nbytes
+        if self._nbytes > _WAITING:
+            self.finish()
+
+    def finish(self) -> None:
+        for rows, take in self._waiting:
+            take(rows.cpu())
+        self._waiting.clear()
+        self._nbytes = 0
+
+
+class _Inputs:
+    """Collects :class:`InputStatistics` over calls, where the inputs are; chosen rows go to the CPU by ``transfer``."""
+
+    def __init__(self, seed: int, transfer: _Transfer | None = None) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._transfer = transfer or _Transfer()
         self._keys = np.empty(0, np.float32)  # of the rows
         self._arrived = np.empty(0, np.int64)  # the rows' tokens
-        self._rows: Tensor | None = None
+        self._rows: Tensor | None = None  # [ROWS, K]
         self._amax = self._sum = torch.zeros(())
         self._tokens = 0
 
     def __call__(self, x: Tensor) -> None:
         amax, total = x.abs().amax(dim=0).float(), x.float().square().sum(dim=0).double()
-        first = self._rows is None
-        self._amax = amax if first else torch.maximum(self._amax, amax)
-        self._sum = total if first else self._sum + total
-        # Each token draws a number; those with the largest stay, whatever the order of the calls' sizes.
+        if self._rows is None:
+            self._rows, self._amax, self._sum = torch.empty(ROWS, x.shape[1], dtype=x.dtype), amax, total
+        else:
+            self._amax, self._sum = torch.maximum(self._amax, amax), self._sum + total
+        # Each token draws a number; those with the largest stay, whatever the order of the calls' sizes. By NumPy: for
+        # something as small torch's many threads take milliseconds, for all linears ten times as long as the model.
         keys = np.concatenate([self._keys, torch.rand(len(x), generator=self._generator).numpy()])
-        arrived = np.concatenate([self._arrived, np.arange(self._tokens, self._tokens + len(x))])
-        self._tokens += len(x)
         before = len(self._keys)
         kept = np.argpartition(-keys, min(ROWS, len(keys)) - 1)[:ROWS]
-        old, chosen = kept[kept < before], kept[kept >= before] - before
-        new = x[torch.from_numpy(chosen).to(x.device)].cpu()
-        if len(kept) > before:
-            self._rows = new if first else torch.cat([self._rows[torch.from_numpy(old)], new])
-            self._keys, self._arrived = (values[np.concatenate([old, chosen + before])] for values in (keys, arrived))
-        elif len(chosen):
-            gone = np.setdiff1d(np.arange(before), old)
-            _bytes(self._rows)[gone] = _bytes(new)
-            self._keys[gone], self._arrived[gone] = keys[chosen + before], arrived[chosen + before]
+        chosen = kept[kept >= before]
+        if len(chosen):
+            places = np.setdiff1d(np.arange(len(kept)), kept[kept < before])
+            self._keys, self._arrived = (np.resize(values, len(kept)) for values in (self._keys, self._arrived))
+            self._keys[places], self._arrived[places] = keys[chosen], self._tokens + chosen - before
+            index = torch.from_numpy(chosen - before).to(x.device, non_blocking=True)
+            self._transfer.put(x[index], partial(self._put, places))
+        self._tokens += len(x)
+
+    def _put(self, places: np.ndarray, rows: Tensor) -> None:
+        _bytes(self._rows)[places] = _bytes(rows)
 
     def result(self, name: str) -> InputStatistics:
         if self._rows is None:
             raise problem(name, "activations", "none", "a layer that is evaluated", "Remove patches that skip blocks")
+        self._transfer.finish()
         square = (self._sum.cpu() / self._tokens).float()
         rows = self._rows[torch.from_numpy(self._arrived.argsort())]
         # As normal tensors: those made in inference mode cannot be changed outside of it.

@@ -148,7 +148,7 @@ def test_graphs_around_attention_change_no_bit(
         return forward_once(patcher, arguments, attention_mask=mask)
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "enabled", lambda index: False)
+        patch.setattr(graphs, "enabled", lambda: False)
         management.load_models_gpu([patcher])
         step(0)  # the first pass of a process differs
         expected = [step(number) for number in range(6)]
@@ -238,7 +238,7 @@ def test_graphs_under_loras(backend: str, tiny: Path, load, tmp_path: Path, monk
 
     cases = [(0.8,), (0.3,), (), (0.8,), (0.8, -0.5), (0.3,), (), (-0.2, 0.8)]
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "enabled", lambda index: False)
+        patch.setattr(graphs, "enabled", lambda: False)
         expected = {strengths: run(*strengths) for strengths in set(cases)}
     captures = []
     capture = graphs.BlockGraphs._capture

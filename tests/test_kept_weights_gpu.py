@@ -78,7 +78,7 @@ def test_memory_is_what_is_reported_and_comes_back(tiny: Path, load, monkeypatch
 
     from svdq.model import graphs
 
-    monkeypatch.setattr(graphs, "enabled", lambda index: False)  # they have memory of their own
+    monkeypatch.setattr(graphs, "enabled", lambda: False)  # they have memory of their own
     arguments = inputs(open_checkpoint(tiny), size=16, tokens=64, batch=1)
     patcher = load("auto")
     if patcher.is_dynamic():

@@ -249,7 +249,9 @@ def test_watching_changes_nothing(model: Any) -> None:
     assert torch.equal(*seen) and not any(module._forward_pre_hooks for module in flux.modules())
 
 
-def test_statistics_and_moments_of_known_inputs() -> None:
+@pytest.mark.parametrize("waiting", [activations._WAITING, 100])
+def test_statistics_and_moments_of_known_inputs(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "_WAITING", waiting)
     generator = torch.Generator().manual_seed(0)
     calls = [torch.randn(2, tokens, 6, generator=generator) for tokens in (50, 300, 100)]
     module = torch.nn.Linear(6, 3)
