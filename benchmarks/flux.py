@@ -9,7 +9,8 @@ A row: wall_ms (the step, waited for; spread_ms from fastest to slowest) · host
 · loop_ms (a step of ten, waited for at the end, as a sampler runs them) · gpu_ms (sum of the kernels of a step of three
 such) · kernels · product_ms and so on (by kind of kernel) · longest (name, ms, count) ·
 weights_gib, peak_gib (allocated) · load_s (open and move to the GPU) · first_s (first step at this size) · distance
-(from bf16, relative) · same_bits (of all steps) · add_s and so on (see measure_lora) · failed (why there is no row).
+(from bf16, relative) · same_bits (of all steps) · kitchen (comfy_kitchen's kernels: without cuda, rows of ComfyUI's own
+formats, bf16 too, take longer) · add_s and so on (see measure_lora) · failed (why there is no row).
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
     """Its rows; reference: outputs by size to compare with, which ``keep`` fills."""
     import comfy.model_management as management
     import torch
-    from flux_peers import become, without_low_rank
+    from flux_peers import become, kitchen, without_low_rank
 
     from svdq.model import load_flux
 
     if peer.needs and importlib.util.find_spec(peer.needs) is None:
         raise RuntimeError(f"{peer.needs} is not installed")
+    if peer.kernels and torch.cuda.is_available() and "cuda" not in kitchen():
+        raise RuntimeError(f"comfy_kitchen has no kernels for CUDA here, only {kitchen()}")
     before, start = allocated(), time.perf_counter()
     patcher = load_flux(args.file, "auto" if peer.linear is None else "16bit", peer.weights)
     management.load_models_gpu([patcher])
@@ -81,7 +84,8 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
                 row["distance"] = round(((out - reference[size]).norm() / reference[size].norm()).item(), 4)
             # What is kept of weights is made in the first step.
             kept = patcher.loaded_size() - loaded if peer.weights != "int4" else 0
-            rows.append({"weights_gib": round((weights + kept) / 2**30, 2), "load_s": round(load_s, 2), **row})
+            gib = round((weights + kept) / 2**30, 2)
+            rows.append({"kitchen": kitchen(), "weights_gib": gib, "load_s": round(load_s, 2), **row})
     finally:
         management.unload_all_models()
         del patcher

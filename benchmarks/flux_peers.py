@@ -23,7 +23,8 @@ class Peer:
     """label: for a table · linear: returns what makes a linear of dense weight and bias, or None for our own model ·
     weights: what our own model keeps in VRAM, as load_flux takes it · compiled: whether it goes through torch.compile,
     others block by block · cudnn: attention by cuDNN's kernel · rank0: our model without its low-rank branches, for
-    what these cost (its output is wrong) · lora: whether changes of a LoRA are measured too · needs: a package."""
+    what these cost (its output is wrong) · lora: whether changes of a LoRA are measured too · needs: a package ·
+    kernels: whether it needs those of comfy_kitchen for CUDA, without which it takes several times as long."""
 
     label: str
     linear: Callable[[], Make] | None = None
@@ -33,6 +34,7 @@ class Peer:
     rank0: bool = False
     lora: bool = False
     needs: str | None = None
+    kernels: bool = False
 
 
 def _bf16() -> Make:
@@ -107,6 +109,7 @@ PEERS = {
     "int8": Peer(
         "ComfyUI int8, rotated",
         _comfyui("TensorWiseINT8Layout", {"format": "int8_tensorwise", **_ROTATED}, per_channel=True, **_ROTATED),
+        kernels=True,
     ),
     "int4": Peer(
         "ComfyUI convrot W4A4",
@@ -115,12 +118,20 @@ PEERS = {
             {"format": "convrot_w4a4", "convrot_groupsize": 256, "linear_dtype": "int4"},
             linear_dtype="int4",
         ),
+        kernels=True,
     ),
     "nf4": Peer("bitsandbytes NF4", _nf4, needs="bitsandbytes"),
     "bf16-compile": Peer("ComfyUI bf16, torch.compile", _bf16, compiled=True),
     "ours-compile": Peer("this pack, torch.compile", compiled=True),
     "fp8-compile": Peer("ComfyUI fp8, torch.compile", _FP8, compiled=True),
 }
+
+
+def kitchen() -> str:
+    """The kernels that comfy_kitchen has here. Without those for CUDA, ComfyUI's own rows, bf16 too, take longer."""
+    import comfy_kitchen
+
+    return ", ".join(name for name, backend in comfy_kitchen.list_backends().items() if backend["available"])
 
 
 def become(peer: Peer, flux: nn.Module) -> dict[str, Any]:
@@ -149,11 +160,17 @@ def become(peer: Peer, flux: nn.Module) -> dict[str, Any]:
     return {"optimized_attention_override": _cudnn_attention} if peer.cudnn else {}
 
 
-def _cudnn_attention(function: Callable, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+def _cudnn_attention(
+    function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """For q, k, v [B, H, L, D], as Flux gives them. Not by ``function``: ComfyUI has its own order of kernels."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if not options.get("skip_reshape") or options.get("skip_output_reshape"):
+        raise ValueError(f"attention with {options}: expected heads apart before it and together behind it")
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return function(q, k, v, *args, **options)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
 
 
 def random_lora(flux: nn.Module, rank: int) -> dict[str, Tensor]:

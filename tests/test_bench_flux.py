@@ -53,6 +53,24 @@ def test_a_peer_that_cannot_run_says_why(model: Path, capsys: pytest.CaptureFixt
     assert header.split()[:3] == ["run", "label", "size"]
 
 
+def test_the_cudnn_peer_attends_as_comfyui_does(comfy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the kernel, which a CPU does not have."""
+    import comfy.ldm.modules.attention as attention
+    from torch.nn.attention import SDPBackend
+
+    from svdq.benchmarks import flux_peers
+
+    monkeypatch.setattr(SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH)
+    q, k, v = torch.randn(3, 2, 4, 10, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(10, 10) > 0.3
+    for of_mask in (None, mask):
+        arguments, options = (q, k, v, 4), {"mask": of_mask, "skip_reshape": True, "transformer_options": {}}
+        expected = attention.attention_pytorch(*arguments, **options)
+        torch.testing.assert_close(flux_peers._cudnn_attention(None, *arguments, **options), expected)
+    with pytest.raises(ValueError, match="heads apart"):
+        flux_peers._cudnn_attention(None, q, k, v, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
