@@ -286,7 +286,7 @@ class SVDQModelPatcherDynamic(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_pat
         """
         for key, (stored, old) in before.items():
             new = comfy.utils.get_attr(self.model, key)
-            if key not in self.backup or new is old or is_quantized(new) or is_quantized(old):
+            if key not in self.backup or new is old or not type(new.data) is type(old.data) is torch.Tensor:
                 continue
             if old.data_ptr() == stored.data_ptr() or old.device != new.device:
                 continue
