@@ -401,3 +401,37 @@ def test_a_replaced_forward_keeps_a_layer_out_of_fused_blocks(env: SimpleNamespa
     assert not layer.plain(torch.bfloat16)
     handle.remove()
     assert layer.plain(torch.bfloat16)
+
+
+def test_a_lora_beside_the_kernel_of_a_modulation_layer(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modulation layers: the kernel gets a LoRA's factors, in one place for all strengths, or leaves it to PyTorch."""
+    import comfy.model_management as management
+
+    from svdq.kernels import reference
+
+    base, lora = env.pair("dev")[0], kind(env, "LoRA", layers=("double_blocks.0.img_mod.lin",))
+    linear = base.model.diffusion_model.double_blocks[0].img_mod.lin
+    x = torch.randn(2, linear.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given: list = []
+
+    def linear_awq(x, weight, bias, factors=None):
+        given.append(factors)
+        if len(x) > 1:
+            return None
+        y = x.float() @ reference.dequantize_packed_awq(weight, x.dtype).float().t() + bias.float()
+        return y if factors is None else y + x.float() @ factors[0].float().t() @ factors[1].float().t()
+
+    for strength in (1.0, -0.5, 0.0, 1.0):
+        patched = with_lora(base, lora, strength)
+        management.load_models_gpu([patched])
+        expected = linear(x)
+        with monkeypatch.context() as patch:
+            fake = SimpleNamespace(kernels=True, precision="int8", layers=SimpleNamespace(linear_awq=linear_awq))
+            patch.setattr(type(linear), "backend", fake)
+            found = torch.cat([linear(x[:1]), linear(x[1:])])
+            assert relative(found, expected) < 6e-3
+            assert torch.equal(linear(x), expected), "more rows than the kernel takes"
+    pairs = [pair for pair in given if pair is not None]
+    assert len(pairs) == 9 and {tuple(f.data_ptr() for f in pair) for pair in pairs[:6]} == {
+        tuple(f.data_ptr() for f in pairs[0])
+    }
