@@ -66,7 +66,7 @@ NAMES = {
     "comfy.sample": ("prepare_noise", "sample"),
     "comfy.samplers": ("KSampler.SAMPLERS", "KSampler.SCHEDULERS"),
     "comfy.sd": ("load_diffusion_model_state_dict(sd, model_options, metadata, disable_dynamic)",),
-    "comfy.utils": ("DISABLE_MMAP", "ProgressBar", "get_attr", "load_torch_file", "set_attr_param"),
+    "comfy.utils": ("DISABLE_MMAP", "ProgressBar", "get_attr", "load_torch_file", "set_attr", "set_attr_param"),
     "comfy.weight_adapter": ("LoRAAdapter(loaded_keys, weights)",),
     "comfy.weight_adapter.base": ("WeightAdapterBase",),
     "comfy_aimdo.model_vbar": (

@@ -30,9 +30,10 @@ from ..kernels import Backend
 from ..kernels.int4 import PackedAWQ, PackedW4A4
 from . import graph_memory
 from .graphs import Attend, BlockGraphs
+from .held import Held
 from .kept_weights import KeptWeights
 from .layout_svdq import SVDQAwqLayout, packed_awq
-from .ops import Held, QuantizedLinear, is_quantized
+from .ops import QuantizedLinear, is_quantized
 from .slots import resident, unpin
 
 HEAD = 128

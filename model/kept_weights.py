@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import BlockGraphs
-from .ops import Held
+from .held import Held
 
 log = logging.getLogger(__name__)
 

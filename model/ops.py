@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import operator
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..kernels import Backend
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
 from . import lora
+from .held import Factors, Held, in_place, writable
 from .layout_svdq import (
     STATE_SUFFIXES,
     SVDQAwqLayout,
@@ -78,7 +78,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self._columns: lora.Columns | None = None
         self._columns_of: _SortedPatches | None = None
         self._held: Held | None = None
-        self._extended: tuple[lora.Columns, _Factors] | None = None
+        self._extended: tuple[lora.Columns, Factors] | None = None
         self._factors: tuple[lora.Columns, tuple[Tensor, Tensor]] | None = None
         self._origin = Origin()
         self.staged: Staged | None = None  # set by patcher.py
@@ -339,7 +339,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         known, axis = self._extended, self.weight._params.axis
         if known is None or known[0] is not columns:
             # In the place of another strength's or LoRA's: CUDA graphs that read them stay right.
-            if known is not None and known[0].key == columns.key and all(_writable(f[1]) for f in known[1] if f):
+            if known is not None and known[0].key == columns.key and all(writable(f[1]) for f in known[1] if f):
                 factors = known[1]
                 lora.change_strengths(parts, axis, columns, [None if f is None else f[1] for f in factors])
             else:
@@ -348,7 +348,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
                     None if part is own else (part.proj_down, part.proj_up)
                     for part, own in zip(lora.extend_parts(parts, axis, columns), parts, strict=True)
                 ]
-                factors = factors if known is None else _in_place(known[1], factors)
+                factors = factors if known is None else in_place(known[1], factors)
             self._extended = (columns, factors)
         return tuple(
             part if factors is None else dataclasses.replace(part, proj_down=factors[0], proj_up=factors[1])
@@ -369,7 +369,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         if self._factors is None or self._factors[0] is not columns:
             new = [(columns.down, columns.up)]
             if self._factors is not None and self._factors[0].key == columns.key:
-                new = _in_place([self._factors[1]], new)
+                new = in_place([self._factors[1]], new)
             self._factors = (columns, new[0])
         return self._factors[1]
 
@@ -444,54 +444,6 @@ class _SortedPatches:
 
 
 _NO_PATCHES = _SortedPatches([], [], [])
-
-
-@dataclass(eq=False)
-class Held:
-    """A linear's weight for fused kernels, LoRAs included, where it is now.
-
-    kept: its parts with what kept_weights.py keeps of them, made when its memory was in the state ``filled``.
-    """
-
-    weight: QuantizedTensor
-    bias: Tensor | None
-    columns: lora.Columns | None
-    parts: tuple[PackedW4A4, ...]
-    kept: tuple[PackedW4A4, ...] = ()
-    filled: Any = None
-
-    def stored_parts(self) -> tuple[PackedW4A4, ...]:
-        """The parts without LoRAs."""
-        return packed_parts(self.weight._qdata, self.weight._params)
-
-    @functools.cached_property
-    def places(self) -> tuple[int, ...]:
-        """Where everything is that kernels read of the weight, and ranks, which LoRAs change."""
-        found = [0 if self.bias is None else self.bias.data_ptr()]
-        for part in self.parts:
-            found += (part.qweight.data_ptr(), part.proj_down.data_ptr(), part.proj_up.data_ptr(), part.rank)
-        return tuple(found)
-
-
-_Factors = list[tuple[Tensor, Tensor] | None]
-
-
-def _in_place(old: _Factors, new: _Factors) -> _Factors:
-    """The values of ``new``, in the memory of ``old`` where they fit."""
-
-    def replaced(a: Tensor, b: Tensor) -> Tensor:
-        fits = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        return a.copy_(b) if fits and _writable(a) else b
-
-    return [
-        b if a is None or b is None else (replaced(a[0], b[0]), replaced(a[1], b[1]))
-        for a, b in zip(old, new, strict=True)
-    ]
-
-
-def _writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be changed in place here: one from inference mode only there."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 def _inner_tensor(suffix: str) -> property:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -180,8 +179,7 @@ class _Inputs:
     def __init__(self, seed: int, transfer: _Transfer | None = None) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._transfer = transfer or _Transfer()
-        self._keys = np.empty(0, np.float32)  # of the rows
-        self._arrived = np.empty(0, np.int64)  # the rows' tokens
+        self._keys, self._arrived = torch.empty(0), torch.empty(0, dtype=torch.int64)  # of the rows; their tokens
         self._rows: Tensor | None = None  # [ROWS, K]
         self._amax = self._sum = torch.zeros(())
         self._tokens = 0
@@ -192,29 +190,33 @@ class _Inputs:
             self._rows, self._amax, self._sum = torch.empty(ROWS, x.shape[1], dtype=x.dtype), amax, total
         else:
             self._amax, self._sum = torch.maximum(self._amax, amax), self._sum + total
-        # Each token draws a number; those with the largest stay, whatever the order of the calls' sizes. By NumPy: for
-        # something as small torch's many threads take milliseconds, for all linears ten times as long as the model.
-        keys = np.concatenate([self._keys, torch.rand(len(x), generator=self._generator).numpy()])
+        # Each token draws a number; those with the largest stay, whatever the order of the calls' sizes.
         before = len(self._keys)
-        kept = np.argpartition(-keys, min(ROWS, len(keys)) - 1)[:ROWS]
+        keys = torch.cat([self._keys, torch.rand(len(x), generator=self._generator)])
+        kept = keys.topk(min(ROWS, len(keys))).indices
         chosen = kept[kept >= before]
         if len(chosen):
-            places = np.setdiff1d(np.arange(len(kept)), kept[kept < before])
-            self._keys, self._arrived = (np.resize(values, len(kept)) for values in (self._keys, self._arrived))
+            free = torch.ones(len(kept), dtype=torch.bool)
+            free[kept[kept < before]] = False
+            places = free.nonzero()[:, 0]
+            self._keys = torch.cat([self._keys, torch.empty(len(kept) - before)])
+            self._arrived = torch.cat([self._arrived, torch.empty(len(kept) - before, dtype=torch.int64)])
             self._keys[places], self._arrived[places] = keys[chosen], self._tokens + chosen - before
-            index = torch.from_numpy(chosen - before).to(x.device, non_blocking=True)
+            index = (chosen - before).to(x.device, non_blocking=True)
             self._transfer.put(x[index], partial(self._put, places))
         self._tokens += len(x)
 
-    def _put(self, places: np.ndarray, rows: Tensor) -> None:
-        _bytes(self._rows)[places] = _bytes(rows)
+    def _put(self, places: Tensor, rows: Tensor) -> None:
+        # By NumPy: for copies of this size torch's threads take milliseconds, for all linears ten times as long as the
+        # model. As bytes, because it does not know every type.
+        self._rows.view(torch.uint8).numpy()[places.numpy()] = rows.view(torch.uint8).numpy()
 
     def result(self, name: str) -> InputStatistics:
         if self._rows is None:
             raise problem(name, "activations", "none", "a layer that is evaluated", "Remove patches that skip blocks")
         self._transfer.finish()
         square = (self._sum.cpu() / self._tokens).float()
-        rows = self._rows[torch.from_numpy(self._arrived.argsort())]
+        rows = self._rows[self._arrived.argsort()]
         # As normal tensors: those made in inference mode cannot be changed outside of it.
         found = InputStatistics(*(tensor.clone() for tensor in (self._amax.cpu(), square, rows)))
         bad = int((~(found.amax.isfinite() & found.square.isfinite())).sum())
@@ -223,11 +225,6 @@ class _Inputs:
             remedy = "Does the 16-bit model make pictures with these prompts? If not, load it in bf16"
             raise problem(name, "activations", what, "finite ones", remedy)
         return found
-
-
-def _bytes(rows: Tensor) -> np.ndarray:
-    """The same memory, [rows, bytes]; NumPy does not know every type."""
-    return rows.view(torch.uint8).numpy()
 
 
 class _Moments:

@@ -57,7 +57,7 @@ class Int8Reference(Backend):
         return (total if bias is None else total + bias.float()).to(x.dtype)
 
     @staticmethod
-    def linear_awq(x: Tensor, weight: Any, bias: Tensor | None) -> None:
+    def linear_awq(x: Tensor, weight: Any, bias: Tensor | None, lora: Any = None) -> None:
         """None: a modulation layer is dequantized."""
 
 
