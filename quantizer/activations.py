@@ -185,7 +185,8 @@ class _Inputs:
         self._tokens = 0
 
     def __call__(self, x: Tensor) -> None:
-        amax, total = x.abs().amax(dim=0).float(), x.float().square().sum(dim=0).double()
+        amax, total = x.abs().amax(dim=0).float(), x.float().square().sum(dim=0)
+        total = (total if total.device.type in ("cuda", "cpu") else total.cpu()).double()  # others may have no float64
         if self._rows is None:
             self._rows, self._amax, self._sum = torch.empty(ROWS, x.shape[1], dtype=x.dtype), amax, total
         else:
