@@ -358,7 +358,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """(down [R, K], up [N, R]) of the plain LoRAs on a weight, for activations like x; None if there are none.
 
-        Those of another strength are where the ones before were.
+        Those of another strength or LoRA are where the ones before were, if they fit.
         """
         columns = self._split_patches(x)[0]
         if columns is None and self._factors is not None:  # setting it takes as long as all this
@@ -367,8 +367,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def _kept_factors(self, columns: lora.Columns) -> tuple[Tensor, Tensor]:
         if self._factors is None or self._factors[0] is not columns:
-            new = [(columns.down, columns.up)]
-            if self._factors is not None and self._factors[0].key == columns.key:
+            new = [(columns.down, columns.scaled_up())]
+            if self._factors is not None:
                 new = in_place([self._factors[1]], new)
             self._factors = (columns, new[0])
         return self._factors[1]

@@ -196,7 +196,7 @@ def test_dynamic_vram_keeps_what_loras_do_not_change(env: SimpleNamespace, monke
 def test_dynamic_vram_leaves_small_parameters_in_their_place(
     env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA graphs know where they are; core copies them anew in every load."""
+    """With dynamic VRAM small weights stay in their place from picture to picture, and so do the CUDA graphs."""
     from comfy.model_patcher import ModelPatcherDynamic
     from comfy.utils import get_attr, set_attr_param
 
@@ -336,7 +336,7 @@ def test_one_nan_anywhere_is_found(part: str, env: SimpleNamespace) -> None:
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
 def test_only_what_is_not_finite_is_found(dtype: torch.dtype, env: SimpleNamespace) -> None:
-    """By the bits of a type: of each value that it has (of 16 bits and less), as it is in a row of others."""
+    """Every value of float16, bfloat16 and float8 in a LoRA is told apart by its bits: finite or not."""
     from svdq.model.lora import _is_finite
 
     if dtype.itemsize <= 2:
@@ -435,3 +435,8 @@ def test_a_lora_beside_the_kernel_of_a_modulation_layer(env: SimpleNamespace, mo
     assert len(pairs) == 9 and {tuple(f.data_ptr() for f in pair) for pair in pairs[:6]} == {
         tuple(f.data_ptr() for f in pairs[0])
     }
+    before, values = [f.data_ptr() for f in linear.factors(x)], [f.clone() for f in linear.factors(x)]
+    other = kind(env, "LoRA", layers=("double_blocks.0.img_mod.lin",), seed=7)
+    management.load_models_gpu([with_lora(base, other, 0.5)])
+    assert [f.data_ptr() for f in linear.factors(x)] == before, "another LoRA of the same rank"
+    assert not any(torch.equal(a, b) for a, b in zip(linear.factors(x), values, strict=True))
