@@ -128,8 +128,8 @@ class _Weights:
         self.modulates = bool(self._modulations) and None not in self._modulations
         if self.modulates:
             for weight, bias, factors in self._modulations:
-                tensors = (weight.qweight, bias, *(factors or ()))
-                places.append(tuple(None if t is None else (t.data_ptr(), t.shape) for t in tensors))
+                tensors, rank = (weight.qweight, bias, *(factors or ())), len(factors[0]) if factors else 0
+                places.append((rank, *(0 if t is None else t.data_ptr() for t in tensors)))
             self.ranks += tuple(factors is not None for _, _, factors in self._modulations)
         # What a CUDA graph of the block has recorded of its weights, if all of them are resident.
         self.places = tuple(places)

@@ -61,11 +61,6 @@ class Plan:
     operators: list[tuple[Any, tuple[Made, ...]]] = field(default_factory=list)
     total: int = 0
 
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each temporary."""
-        return [made.size for _, all_made in self.operators for made in all_made]
-
 
 class _Operators(TorchDispatchMode):
     """Gives ``_call`` the operators that make tensors, not those that are made of others."""

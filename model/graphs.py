@@ -191,7 +191,7 @@ class BlockGraphs:
                     compute(divide if apart else attend, *statics)
                 captured.graphs[-1].capture_end()
             except Exception as error:
-                log.warning("SVDQ FLUX: a block runs without a CUDA graph: %s", error)
+                log.warning("SVDQ FLUX: a block runs without a CUDA graph, slower, with the same result: %s", error)
                 found, self._broken = _UNFIT, graph_memory.needed()
                 # What was allocated for the graph has to go before it ends.
                 traceback.clear_frames(error.__traceback__)
