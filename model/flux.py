@@ -110,6 +110,7 @@ class _Weights:
         # Of those that are there; other ranks may need other kernels.
         self.ranks = tuple(part.rank for linear in held.values() for part in linear.parts)
         kept = block.kept.keep(block, held, device, pins) if self.resident else ()
+        self.kept = bool(kept)
         self._held = {name: (linear.kept if kept else linear.parts, linear.bias) for name, linear in held.items()}
         places: list[Any] = [kept, *[linear.places for linear in held.values()]]
         self.norms: dict[str, Tensor] = {}
@@ -291,12 +292,13 @@ class _Fused:
                 self._compute(weights, inputs, weights.modulate(*given) if modulates else given, rows, attend)
 
             key = (type(self).__name__, streams[0].device, modulates, weights.ranks, *(t.shape for t in streams))
+            kind = (*key, weights.kept)
             self.layers.compile_once(key, lambda: compute(graph_memory.attention_result, *(t.clone() for t in tensors)))
             if not weights.resident:
                 compute(attend, *tensors)
                 return streams
             places = (modulates, *weights.places)
-            return self.graphs.run(self, places, compute, attend, apart, tensors, len(streams))
+            return self.graphs.run(self, kind, places, compute, attend, apart, tensors, len(streams))
         finally:
             unpin(pins)
 

@@ -1,7 +1,8 @@
 """CUDA graphs of blocks: Python takes longer to start the 15 to 40 kernels of a block than a fast GPU to run them.
 
 A graph belongs to one block, one set of shapes and one place of the weights; when ComfyUI moves weights, a LoRA brings
-others or the size of the picture changes, the block runs without a graph once and gets a new one at the next call. All
+others or the size of the picture changes, the block gets a new one. The first few blocks of a kind run without one, to
+compile kernels and to see what they ask for; all others are recorded when they are first called. All
 graphs of a model share their inputs (a block works in place on the tensors that the block before it left) and the
 memory of their temporaries, which is planned here where the allocator cannot do it (graph_memory.py). That memory takes
 the place of what a pass allocates without graphs; it is the first to be given back when another model needs some.
@@ -19,7 +20,7 @@ import logging
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class _Shapes:
     pool: Any = None
     memory: Tensor | None = None
     graphs: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block: {weights: graph}
+    kinds: dict[tuple[bool, Hashable], _Seen | None] = field(default_factory=dict)  # what was seen last of each
 
 
 class BlockGraphs:
@@ -88,13 +90,14 @@ class BlockGraphs:
         return BlockGraphs()
 
     def run(
-        self, block: Any, weights: tuple, compute: Callable[..., None], attend: Attend, apart: bool,
+        self, block: Any, kind: Hashable, weights: tuple, compute: Callable[..., None], attend: Attend, apart: bool,
         tensors: tuple[Tensor, ...], streams: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """compute(attend, *tensors), which works in place on the first ``streams`` of the tensors; returns those.
 
-        weights: addresses of everything else that compute reads, and ranks · apart: ``attend`` is not to be a part of a
-        graph. With a graph, what is returned are the graph's tensors.
+        kind: of the block; all of one kind start the same kernels · weights: addresses of everything else that compute
+        reads, and ranks · apart: ``attend`` is not to be a part of a graph. With a graph, what is returned are the
+        graph's tensors.
         """
         device = tensors[0].device
         if torch.cuda.is_current_stream_capturing() or self._broken or not enabled():
@@ -108,16 +111,17 @@ class BlockGraphs:
                 del self._shapes[next(iter(self._shapes))]
             shapes = self._shapes[key] = _Shapes()
         graphs = shapes.graphs.setdefault(block, {})
-        if weights not in graphs:
-            while len(graphs) >= PLACES:
-                del graphs[next(iter(graphs))]
-            # The first time compiles kernels, which a capture must not do.
-            graphs[weights] = _watched(compute, attend, apart, tensors, None)
-            return tensors[:streams]
-        found = graphs[weights] = graphs.pop(weights)  # the last one used comes last
-        if isinstance(found, _Seen) and not found.ready:
-            graphs[weights] = _watched(compute, attend, apart, tensors, found)
-            return tensors[:streams]
+        found = graphs.pop(weights, None)
+        if found is None or (isinstance(found, _Seen) and not found.ready):
+            known = shapes.kinds.get((apart, kind))
+            if known is None or not known.ready:
+                # The first time compiles kernels, which a capture must not do.
+                found = _watched(compute, attend, apart, tensors, known)
+                shapes.kinds[apart, kind] = found if isinstance(found, _Seen) else None
+                _keep(graphs, weights, found)
+                return tensors[:streams]
+            found = known
+        _keep(graphs, weights, found)  # the last one used comes last
         if isinstance(found, _Seen) and torch.cuda.mem_get_info(device)[0] < LEAST_FREE:
             compute(attend, *tensors)
             return tensors[:streams]
@@ -192,7 +196,9 @@ class BlockGraphs:
                 captured.graphs[-1].capture_end()
             except Exception as error:
                 log.warning("SVDQ FLUX: a block runs without a CUDA graph, slower, with the same result: %s", error)
-                found, self._broken = _UNFIT, graph_memory.needed()
+                # A block that is not of its kind is found out before anything is allocated.
+                changed = isinstance(error, graph_memory.Changed)
+                found, self._broken = _UNFIT, graph_memory.needed() and not changed
                 # What was allocated for the graph has to go before it ends.
                 traceback.clear_frames(error.__traceback__)
                 with contextlib.suppress(RuntimeError):  # of a capture that is broken already, or has ended
@@ -219,6 +225,13 @@ class BlockGraphs:
         held = self.held
         self._shapes.clear()
         return held
+
+
+def _keep(graphs: dict[tuple, Any], weights: tuple, found: Any) -> None:
+    """As the one that was used last, of PLACES."""
+    while len(graphs) >= PLACES:
+        del graphs[next(iter(graphs))]
+    graphs[weights] = found
 
 
 @contextlib.contextmanager

@@ -61,7 +61,10 @@ class Graphs:
     def __init__(self) -> None:
         self.runs = 0
 
-    def run(self, block: Any, weights: tuple, compute: Any, attend: Any, apart: bool, tensors: tuple, streams: int):
+    def run(
+        self, block: Any, kind: tuple, weights: tuple, compute: Any, attend: Any, apart: bool, tensors: tuple,
+        streams: int,
+    ) -> tuple:  # fmt: skip
         from svdq.model import graph_memory
 
         plans = []

@@ -79,8 +79,8 @@ def graphs(comfy, monkeypatch: pytest.MonkeyPatch):
 class Block:
     """x += its attention, of heads that ``weight`` makes, times what was made before it."""
 
-    def __init__(self, weight: float):
-        self.weight = weight
+    def __init__(self, weight: float, kind: str = ""):
+        self.weight, self.kind = weight, kind
 
     def compute(self, attend: Any, x: Tensor) -> None:
         qkv = x.new_empty(1, len(x), 3, HEADS, SIZE)
@@ -101,7 +101,7 @@ def passes(graphs: Any, held: Any, blocks: list[Block], x: Tensor, attends: list
         for attend in attends:
             stream = x.clone()
             for block in blocks:
-                (stream,) = held.run(block, (block.weight,), block.compute, attend, apart, (stream,), 1)
+                (stream,) = held.run(block, block.kind, (block.weight,), block.compute, attend, apart, (stream,), 1)
             results.append(stream.clone())
     return results
 
@@ -156,6 +156,39 @@ def test_both_kinds_of_attention_in_turns(graphs) -> None:
     for apart in (False, True) * 5:
         assert torch.equal(passes(graphs, held, blocks, x, [add_up], apart)[0], right)
     assert held.count() == 2 and Graph.made == 3
+
+
+def test_blocks_of_a_kind_are_recorded_in_the_first_pass(graphs) -> None:
+    """All but those that are watched: two that ask for the same."""
+    held, x = graphs.BlockGraphs(), some()
+    blocks = [Block(0.1 * number, kind) for number in range(1, 6) for kind in ("double", "single")]
+    attends = [add_up] * 4
+    right = expected_of(blocks, x, attends)
+    (first,) = passes(graphs, held, blocks, x, attends[:1], apart=False)
+    assert torch.equal(first, right[0]) and held.count() == Graph.made == len(blocks) - 4
+    found = passes(graphs, held, blocks, x, attends[1:], apart=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, right[1:], strict=True))
+    assert held.count() == Graph.made == len(blocks)
+
+
+class OtherBlock(Block):
+    """Starts another kernel than its kind."""
+
+    def compute(self, attend: Any, x: Tensor) -> None:
+        super().compute(attend, x)
+        x.add_(torch.tanh(x) * self.weight)
+
+
+def test_a_block_that_is_not_of_its_kind_runs_without(
+    graphs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *which: None)
+    held, x = graphs.BlockGraphs(), some()
+    blocks = [Block(0.1), Block(0.2), Block(0.3), OtherBlock(0.4), Block(0.5)]
+    found = passes(graphs, held, blocks, x, [add_up] * 4, apart=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of(blocks, x, [add_up] * 4), strict=True))
+    assert held.count() == len(blocks) - 1 and len(caplog.records) == 1
+    assert "without a graph it was" in caplog.text
 
 
 def test_weights_elsewhere_need_a_new_graph(graphs) -> None:
