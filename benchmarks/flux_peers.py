@@ -51,7 +51,8 @@ def _bf16() -> Make:
 
 
 def _filled(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    # A class of parameters of a package's own stays as it is.
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
