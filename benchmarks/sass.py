@@ -235,6 +235,18 @@ def lora_rows_figures(kernel: str, arch: str, dtype: str = "bf16") -> Figures:
     return compile_for(fn, pointers | sizes, constants, arch, 4, {*pointers, *sizes} - {"R"})
 
 
+def feedback_figures(arch: str, steps: int) -> Figures:
+    """The quantizer's rounding with error feedback, with so many step sizes to try; 0: with scales that are there."""
+    from svdq.kernels.feedback import ROWS, WARPS, feedback_kernel
+    from svdq.kernels.int4 import GROUP
+
+    names = ("work", "inverse", "importance", "steps", "scales", "zeros", "codes", "errors")
+    pointers = {f"{name}_ptr": "*i8" if name == "codes" else "*fp32" for name in names}
+    sizes = dict.fromkeys(("N", "K", "start"), "i32")
+    constants = {"STEPS": steps, "LOW": -8, "HIGH": 7, "BF16": True, "ROWS": ROWS, "GROUP": GROUP}
+    return compile_for(feedback_kernel, pointers | sizes, constants, arch, WARPS, {*pointers, "N", "K"})
+
+
 def gemm_gelu_quantize_figures(tile, arch: str, dtype: str = "bf16") -> Figures:
     """fc1 with GELU and the quantization for fc2 behind it (kernels/gemm_quantize.py)."""
     from svdq.kernels.gemm_quantize import gemm_gelu_quantize_kernel

@@ -246,16 +246,25 @@ def gptq(
     Channels that are never active get no say. inverse: :func:`inverse_factor` of the hessian, to save time. Raises
     ValueError if the hessian is not symmetric positive after damping.
     """
-    importance = hessian.diagonal().float().clamp_min(0)
-
-    def choose(group: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        weight = importance[columns].reshape(1, GROUP)
-        scale = _best_scale(group[:, None], dtype, weight if weight.any() else None, ratios)[:, 0].float()
-        return scale, torch.zeros_like(scale)
-
+    groups = hessian.diagonal().float().clamp_min(0).reshape(-1, GROUP)
+    importance = torch.where(groups.any(dim=1, keepdim=True), groups, 1.0).reshape(-1)
     inverse = inverse_factor(hessian) if inverse is None else inverse
-    codes, scales, _ = _with_feedback(residual, inverse, choose, -8, 7)
+    codes, scales, _ = _with_feedback(residual, inverse, _BestScale(importance, dtype, ratios), -8, 7)
     return codes, scales.to(dtype)
+
+
+@dataclass(frozen=True)
+class _BestScale:
+    """Called with (values [N, 64] of a group, its columns): (scale, zero), float32 [N]. importance: float32 [K]."""
+
+    importance: Tensor
+    dtype: torch.dtype
+    ratios: tuple[float, ...]
+
+    def __call__(self, group: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        importance = self.importance[columns].reshape(1, GROUP)
+        scale = _best_scale(group[:, None], self.dtype, importance, self.ratios)[:, 0].float()
+        return scale, torch.zeros_like(scale)
 
 
 def _with_feedback(
@@ -268,7 +277,20 @@ def _with_feedback(
     n, k = weight.shape
     work = weight.clone()
     codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
-    scales, zeros = (torch.empty(n, k // GROUP, device=weight.device) for _ in range(2))
+    scales, zeros = (torch.zeros(n, k // GROUP, device=weight.device) for _ in range(2))
+    round_group = _kernel(weight.device)
+    if round_group is not None:
+        search = None
+        if isinstance(choose, _BestScale):
+            steps = torch.tensor([ratio / 7 for ratio in choose.ratios], device=weight.device)
+            search = (choose.importance, steps, choose.dtype)
+        for start in range(0, k, GROUP):
+            stop, at = start + GROUP, start // GROUP
+            if search is None:
+                scales[:, at], zeros[:, at] = choose(work[:, start:stop], slice(start, stop))
+            errors = round_group(work, start, inverse, codes, scales, zeros, low, high, search)
+            work[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
+        return codes, scales, zeros
     for start in range(0, k, GROUP):
         stop = start + GROUP
         group = work[:, start:stop]
@@ -286,6 +308,17 @@ def _with_feedback(
     return codes, scales, zeros
 
 
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """kernels.feedback.round_group, where it runs."""
+    if device.type != "cuda":
+        return None
+    try:
+        from ..kernels.feedback import round_group
+    except ImportError:  # no Triton
+        return None
+    return round_group
+
+
 def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     """float32 [K, K], upper triangular U with U^T U = inverse of the damped hessian."""
     damped = hessian.double().clone()
@@ -296,7 +329,7 @@ def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed.item() or not lower.isfinite().all():
         raise ValueError("the Hessian is not positive definite")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float().contiguous()
 
 
 # ---- whole layers

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import conftest  # noqa: F401  makes the clone importable as svdq
+import test_feedback
 import test_gemm_int4
 import test_gemm_int8
 import test_gemm_quantize
@@ -160,6 +161,10 @@ def lora_rows(rows: int) -> None:
     _check(add_lora(y.cuda(), *(tensor.cuda() for tensor in others)), test_lora_rows.exact(y, *others))
 
 
+def feedback(awq: bool) -> None:
+    test_feedback.check_against_torch(40, 256, DTYPE, awq)
+
+
 def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what raises AssertionError if a result is wrong)."""
     for tile in TILES.get(arch, ()):
@@ -177,6 +182,8 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for rows in (1, 3, 8):
         yield f"gemv {rows}", lambda r=rows: gemv(r)
         yield f"LoRA on {rows} rows", lambda r=rows: lora_rows(r)
+    for awq in (False, True):
+        yield f"error feedback, {'AWQ' if awq else 'INT4'}", lambda a=awq: feedback(a)
     for act_unsigned in (False, True):
         sign = "unsigned" if act_unsigned else "signed"
         yield f"expand to int8, {sign}", lambda u=act_unsigned: expand(u)

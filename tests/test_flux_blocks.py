@@ -181,10 +181,12 @@ def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_compile(backend: str, tiny: Path, load) -> None:
-    """Inductor compiles the layers around the blocks in another order of roundings, which random weights amplify: the
-    dense model, compiled, moves as far."""
+    """Inductor compiles the layers around the blocks, in another order of roundings."""
     patcher, dense, arguments = load(backend), load_dense(tiny), inputs(open_checkpoint(tiny), size=16, tokens=20)
-    error = relative(forward(patcher, arguments), forward(dense, arguments))
+    # ComfyUI multiplies it by 1000 in 16 bits, which Inductor leaves out: the embedding of 3.5 is quite another one then.
+    arguments["guidance"] = torch.full_like(arguments["guidance"], 4.0)
+    plain = forward(patcher, arguments)
+    error = relative(plain, forward(dense, arguments))
     flux = patcher.model.diffusion_model
     torch._dynamo.reset()
     try:
@@ -193,6 +195,7 @@ def test_torch_compile(backend: str, tiny: Path, load) -> None:
             model.model.diffusion_model.compile()
             outs += [forward(model, arguments), forward(model, arguments)]
         assert torch.equal(outs[0], outs[1])
+        assert relative(outs[0], plain) <= error
         assert relative(outs[0], outs[2]) <= 1.5 * error
         assert flux.double_blocks[0].graphs.count() == len(flux.double_blocks) + len(flux.single_blocks)
     finally:

@@ -19,7 +19,7 @@ OWN = {
     "kernels": ["kernels"],
     "loaders": ["loaders", "kernels.int4", "kernels.layout"],
     "model": ["model", "loaders", "kernels"],
-    "quantizer": ["quantizer", "loaders", "kernels.int4", "kernels.layout", "kernels.reference"],
+    "quantizer": ["quantizer", "loaders", "kernels.int4", "kernels.layout", "kernels.reference", "kernels.feedback"],
     "nodes": ["nodes", "model", "quantizer", "loaders", "kernels"],
     "cli": ["cli", "quantizer", "loaders", "kernels", "benchmarks"],  # bench alone uses benchmarks
 }

@@ -61,6 +61,7 @@ def _cases() -> dict[str, tuple[str, dict]]:
     cases["quantize unsigned, rank 0, sm_86"] = "quantize_figures", {"arch": "sm_86", "act_unsigned": True, "rank": 0}
     for arch in ("sm_80", "sm_89"):
         cases[f"gemv {arch}"] = "gemv_figures", {"arch": arch}
+        cases[f"error feedback {arch}"] = "feedback_figures", {"arch": arch, "steps": 6}
     return cases
 
 
