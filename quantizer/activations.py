@@ -28,6 +28,7 @@ _LEAST_IMPORTANCE = 0.01  # of a channel, relative to the mean: calibration has 
 
 OnStep = Callable[[int, int], None]
 """Called with (evaluations of the model done, evaluations in all)."""
+Run = Callable[[OnStep], None]
 
 
 class Calibration(Protocol):
@@ -86,24 +87,27 @@ class Activations:
     moments: Mapping[tuple[str, int], Tensor]
 
 
-def collect(calibration: Calibration, names: list[str], on_step: OnStep) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of the linears ``names``, in one run.
+def collect(
+    calibration: Calibration, names: list[str], on_step: OnStep, run: Run | None = None
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of the linears ``names``, in one run: of the calibration, or ``run``, which has it run.
 
     Raises CheckpointError if one is not finite or was never used.
     """
     transfer = _Transfer()
     recorders = {name: _Inputs(seed, transfer) for seed, name in enumerate(names, start=_SEED)}
-    _run(calibration, recorders, on_step)
+    _watch(calibration, recorders, run or calibration.run, on_step)
     return {name: recorder.result(name) for name, recorder in recorders.items()}
 
 
 def collect_moments(
-    calibration: Calibration, sections: Mapping[str, list[slice]], on_step: OnStep
+    calibration: Calibration, sections: Mapping[str, list[slice]], on_step: OnStep, run: Run | None = None
 ) -> dict[tuple[str, int], Tensor]:
-    """Second moments of sections of some linears' inputs, in one run: see :class:`Activations`."""
+    """Second moments of sections of some linears' inputs, in one run: see :class:`Activations`. run: as for
+    :func:`collect`."""
     calibration.make_room(moments_nbytes(sections))
     recorders = {name: _Moments(columns, calibration.device) for name, columns in sections.items()}
-    _run(calibration, recorders, on_step)
+    _watch(calibration, recorders, run or calibration.run, on_step)
     return {(name, first): m for name, recorder in recorders.items() for first, m in recorder.result().items()}
 
 
@@ -132,9 +136,11 @@ def load(path: Path, names: list[str]) -> dict[str, InputStatistics] | None:
     return {name: InputStatistics(**{leaf: read(f"{name}.{leaf}") for leaf in leaves}) for name in names}
 
 
-def _run(calibration: Calibration, recorders: Mapping[str, Callable[[Tensor], None]], on_step: OnStep) -> None:
+def _watch(
+    calibration: Calibration, recorders: Mapping[str, Callable[[Tensor], None]], run: Run, on_step: OnStep
+) -> None:
     with torch.inference_mode(), _watching(calibration.flux, recorders):
-        calibration.run(on_step)
+        run(on_step)
 
 
 @contextlib.contextmanager

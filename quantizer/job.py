@@ -31,6 +31,7 @@ from ..loaders.write import Spec, check_not_read, check_target, safetensors_writ
 from . import activations, report
 from .activations import Activations, Calibration
 from .convert import Facts, Unit, convert, input_sections, specs_of, stored_names, units_of
+from .replay import Replay
 from .solve import WEIGHT_ONLY_BETA, Recipe
 from .source import Source
 
@@ -39,6 +40,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_RANK = 128
 _FACTS = "facts"
 _STATISTICS = "activations.safetensors"
+_INPUTS = "inputs"  # folder of what blocks read, for GPTQ
 _WORKSPACE = 4_000_000_000  # bytes on the device, for the largest unit of FLUX.1
 
 Progress = Callable[[int, int, str], None]
@@ -189,8 +191,10 @@ def _with_activations(
     path = folder / _STATISTICS
     names = [name for unit in units_of(model.config) for name in input_sections(unit, model.shapes)]
     inputs = activations.load(path, names)
+    replay = Replay(calibration.flux, calibration.run, folder / _INPUTS)
     if inputs is None and units:
-        inputs = activations.collect(calibration, names, partial(_on_step, progress, "watching activations"))
+        step = partial(_on_step, progress, "watching activations")
+        inputs = activations.collect(calibration, names, step, replay.all if settings.gptq else None)
         activations.save(path, inputs)
     calibration.make_room(_WORKSPACE)
     moments: dict[tuple[str, int], Tensor] = {}
@@ -199,8 +203,10 @@ def _with_activations(
         if settings.gptq and any((name, sections[name][0].start) not in moments for name in sections):
             moments.clear()  # before the next ones take their place
             wanted = _next_sections(units[index:], model, calibration.moment_bytes)
+            later = (name for other in units[index:] for name in input_sections(other, model.shapes))
+            run = partial(replay.part, wanted, [name for name in later if name not in wanted])
             step = partial(_on_step, progress, f"watching activations for {unit.name} and what follows")
-            moments |= activations.collect_moments(calibration, wanted, step)
+            moments |= activations.collect_moments(calibration, wanted, step, run)
             calibration.make_room(_WORKSPACE)
         yield unit, Activations(inputs, moments)
 

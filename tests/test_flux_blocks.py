@@ -183,7 +183,7 @@ def forward_once(patcher, arguments: dict, **more) -> torch.Tensor:
 def test_torch_compile(backend: str, tiny: Path, load) -> None:
     """Inductor compiles the layers around the blocks, in another order of roundings."""
     patcher, dense, arguments = load(backend), load_dense(tiny), inputs(open_checkpoint(tiny), size=16, tokens=20)
-    # ComfyUI multiplies it by 1000 in 16 bits, which Inductor leaves out: the embedding of 3.5 is quite another one then.
+    # ComfyUI multiplies it by 1000 in 16 bits, which Inductor leaves out: 3.5 has quite another embedding then.
     arguments["guidance"] = torch.full_like(arguments["guidance"], 4.0)
     plain = forward(patcher, arguments)
     error = relative(plain, forward(dense, arguments))
