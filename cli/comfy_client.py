@@ -58,7 +58,8 @@ class ConnectionLost(ComfyError):
 
 @dataclass(frozen=True)
 class Event:
-    """One websocket message: ``data`` is its JSON, or the bytes of an image when ``type`` is "preview"."""
+    """One websocket message. data: its JSON, the bytes of an image when ``type`` is "preview", or what a node says,
+    {"node": id, "text": str}, when it is "text"."""
 
     type: str
     data: Any
@@ -171,6 +172,11 @@ class ComfyClient:
                 elif message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == b"\0\0\0\1":
                     # Event type 1 is a preview: four bytes image format, then the image.
                     arrived.put(Event("preview", message.data[8:]))
+                elif message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == b"\0\0\0\3":
+                    # Event type 3 is a text of a node: four bytes length of its id, the id, the text.
+                    end = 8 + int.from_bytes(message.data[4:8], "big")
+                    node, text = message.data[8:end].decode(), message.data[end:].decode()
+                    arrived.put(Event("text", {"node": node, "text": text}))
 
     def run(
         self,

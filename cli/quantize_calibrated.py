@@ -92,8 +92,7 @@ def run(job: Job, show: Callable[[str], None]) -> None:
             with server:
                 prompt = make_prompt(job, os.path.join(_GIVEN, model), file, server.client.object_info())
                 try:
-                    left = TimeLeft()
-                    server.client.run(prompt, on_event=lambda event: _show(event, show, left))
+                    server.client.run(prompt, on_event=Display(show).event)
                 except ConnectionLost as error:
                     raise UserError(server.exit_reason(), exit_code=1) from error
         except ServerFailed as error:
@@ -145,12 +144,21 @@ def _encoder(object_info: dict[str, Any], name: str) -> str:
     )
 
 
-def _show(event: Event, show: Callable[[str], None], left: TimeLeft) -> None:
-    if event.type == "executing" and event.data.get("node"):
-        show({"model": "loading the model", "quantize": "calibrating"}.get(event.data["node"], "encoding prompts"))
-    elif event.type == "progress" and event.data["node"] == "quantize" and event.data["max"]:
-        # The bar runs from 0 to 100 % for each time that the model is watched, and once for quantizing.
-        show(f"calibrating and quantizing: {left.text(event.data['value'], event.data['max'])}")
+class Display:
+    """Says what the server is at. show: takes a line that replaces the one before."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show, self._left, self._what = show, TimeLeft(), "calibrating"
+
+    def event(self, event: Event) -> None:
+        if event.type == "executing" and event.data.get("node"):
+            names = {"model": "loading the model", "quantize": "calibrating"}
+            self._show(names.get(event.data["node"], "encoding prompts"))
+        elif event.type == "text" and event.data["node"] == "quantize" and event.data["text"] != self._what:
+            # The bar runs from 0 to 100 % for each time that the model is watched, and goes on for quantizing.
+            self._what, self._left = event.data["text"], TimeLeft()
+        elif event.type == "progress" and event.data["node"] == "quantize" and event.data["max"]:
+            self._show(f"{self._what}: {self._left.text(event.data['value'], event.data['max'])}")
 
 
 @contextlib.contextmanager

@@ -137,10 +137,13 @@ class SVDQFluxQuantize(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, **inputs: list[Any]) -> io.NodeOutput:
+        from server import PromptServer  # which imports every node's module
+
         conditioning = joined(inputs.pop("conditioning"))
         single = {name: values[0] for name, values in inputs.items()}
         out = target(single["folder"], single["filename"])
@@ -158,8 +161,15 @@ class SVDQFluxQuantize(io.ComfyNode):
         calibration = FluxCalibration(single["model"], conditioning, *how)
         bar = comfy.utils.ProgressBar(1)
 
-        def progress(done: int, total: int, _: str) -> None:
+        node_id, said = cls.hidden.unique_id if cls.hidden else None, ""
+
+        def progress(done: int, total: int, what: str) -> None:
+            nonlocal said
             management.throw_exception_if_processing_interrupted()
+            what = what if what.startswith(job.WATCHING) else "quantizing"
+            if what != said and node_id is not None:
+                said = what
+                PromptServer.instance.send_progress_text(what, node_id)
             bar.update_absolute(done, total)
 
         os.makedirs(os.path.dirname(out), exist_ok=True)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ ALGORITHM = 3  # part of every job's hash: raise it when the same settings give 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_RANK = 128
 _FACTS = "facts"
+WATCHING = "watching activations"  # what progress begins with while the model runs
 _STATISTICS = "activations.safetensors"
 _INPUTS = "inputs"  # folder of what blocks read, for GPTQ
 _WORKSPACE = 4_000_000_000  # bytes on the device, for the largest unit of FLUX.1
@@ -125,11 +126,13 @@ def quantize(
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         missing = [unit for unit in units if unit.name not in done]
-        for unit, seen in _with_activations(missing, model, settings, calibration, folder, progress):
-            progress(count, sum(weights.values()), unit.name)
-            tensors, facts = convert(model, unit, settings.recipe, torch.device(device), seen)
-            _save(folder / _file_name(unit), tensors, facts)
-            count += weights[unit.name]
+        work = _with_activations(missing, model, settings, calibration, folder, progress)
+        with contextlib.closing(work):
+            for unit, seen in work:
+                progress(count, sum(weights.values()), unit.name)
+                tensors, facts = convert(model, unit, settings.recipe, torch.device(device), seen)
+                _save(folder / _file_name(unit), tensors, facts)
+                count += weights[unit.name]
         progress(count, count, out.name)
         facts = [fact for unit in units for fact in _facts_of(folder / _file_name(unit))]
         made = {**metadata, "svdq.quantizer": json.dumps(described)}
@@ -183,7 +186,7 @@ def _with_activations(
     calibration: Calibration | None,
     folder: Path,
     progress: Progress,
-) -> Iterator[tuple[Unit, Activations | None]]:
+) -> Generator[tuple[Unit, Activations | None]]:
     """Each unit with what has to be known of its inputs; statistics are kept in ``folder``."""
     if calibration is None:
         yield from ((unit, None) for unit in units)
@@ -191,24 +194,24 @@ def _with_activations(
     path = folder / _STATISTICS
     names = [name for unit in units_of(model.config) for name in input_sections(unit, model.shapes)]
     inputs = activations.load(path, names)
-    replay = Replay(calibration.flux, calibration.run, folder / _INPUTS)
-    if inputs is None and units:
-        step = partial(_on_step, progress, "watching activations")
-        inputs = activations.collect(calibration, names, step, replay.all if settings.gptq else None)
-        activations.save(path, inputs)
-    calibration.make_room(_WORKSPACE)
-    moments: dict[tuple[str, int], Tensor] = {}
-    for index, unit in enumerate(units):
-        sections = input_sections(unit, model.shapes)
-        if settings.gptq and any((name, sections[name][0].start) not in moments for name in sections):
-            moments.clear()  # before the next ones take their place
-            wanted = _next_sections(units[index:], model, calibration.moment_bytes)
-            later = (name for other in units[index:] for name in input_sections(other, model.shapes))
-            run = partial(replay.part, wanted, [name for name in later if name not in wanted])
-            step = partial(_on_step, progress, f"watching activations for {unit.name} and what follows")
-            moments |= activations.collect_moments(calibration, wanted, step, run)
-            calibration.make_room(_WORKSPACE)
-        yield unit, Activations(inputs, moments)
+    with Replay(calibration.flux, calibration.run, folder / _INPUTS) as replay:
+        if inputs is None and units:
+            step = partial(_on_step, progress, WATCHING)
+            inputs = activations.collect(calibration, names, step, replay.all if settings.gptq else None)
+            activations.save(path, inputs)
+        calibration.make_room(_WORKSPACE)
+        moments: dict[tuple[str, int], Tensor] = {}
+        for index, unit in enumerate(units):
+            sections = input_sections(unit, model.shapes)
+            if settings.gptq and any((name, sections[name][0].start) not in moments for name in sections):
+                moments.clear()  # before the next ones take their place
+                wanted = _next_sections(units[index:], model, calibration.moment_bytes)
+                later = (name for other in units[index:] for name in input_sections(other, model.shapes))
+                run = partial(replay.part, wanted, [name for name in later if name not in wanted])
+                step = partial(_on_step, progress, f"{WATCHING} for {unit.name} and what follows")
+                moments |= activations.collect_moments(calibration, wanted, step, run)
+                calibration.make_room(_WORKSPACE)
+            yield unit, Activations(inputs, moments)
 
 
 def _next_sections(units: list[Unit], model: Source, nbytes: int) -> dict[str, list[slice]]:

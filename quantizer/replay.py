@@ -24,8 +24,8 @@ _STREAMS = {"double_blocks": ("img", "txt"), "single_blocks": ("x",)}
 
 
 class Replay:
-    """``run``: evaluates ``flux`` on the same inputs in the same order each time · folder: for what blocks read, 28 MB
-    for an evaluation of FLUX.1 at 1024 x 1024; made anew."""
+    """A context. run: evaluates ``flux`` on the same inputs in the same order each time · folder: for what blocks read,
+    28 MB for an evaluation of FLUX.1 at 1024 x 1024; removed at the start and at the end."""
 
     def __init__(self, flux: nn.Module, run: Run, folder: Path) -> None:
         self._flux, self._run, self._folder = flux, run, folder
@@ -33,7 +33,13 @@ class Replay:
         self._seen: list[tuple[float, Tensor]] = []  # of each evaluation: sum of x, output on the CPU
         self._complete = False
         self._kept: int | None = None  # the block whose inputs are in the folder
-        shutil.rmtree(folder, ignore_errors=True)
+        self.__exit__()
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def all(self, on_step: OnStep) -> None:
         """A run with all blocks."""

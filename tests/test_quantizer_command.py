@@ -21,6 +21,7 @@ from quantizer_models import REPORTED, prompts, save_prompts, save_source
 from svdq import cli
 from svdq.cli import UserError, quantize_calibrated
 from svdq.cli import quantize as command
+from svdq.cli.comfy_client import Event
 from svdq.loaders import CheckpointError, open_checkpoint
 from svdq.quantizer.prompts import BUILTIN_PROMPTS, METADATA, Prompt, read_lines, read_prompts, write_prompts
 
@@ -185,6 +186,25 @@ def test_time_left() -> None:
     assert found == [
         "20%", "21%", "30%, 70 s left", "60%, 2 min left", "60%, 13 min left", "10%",
         "50%, 50 s left", "100%",
+    ]  # fmt: skip
+
+
+def test_display_says_what_the_server_is_at() -> None:
+    lines: list[str] = []
+    display = quantize_calibrated.Display(lines.append)
+
+    def progress(value: int) -> None:
+        display.event(Event("progress", {"node": "quantize", "value": value, "max": 100}))
+
+    display.event(Event("executing", {"node": "model"}))
+    display.event(Event("executing", {"node": "quantize"}))
+    for text, value in (("watching activations", 50), ("quantizing", 10), ("watching activations for it", 20)):
+        display.event(Event("text", {"node": "quantize", "text": text}))
+        display.event(Event("text", {"node": "prompts", "text": "of another node"}))
+        progress(value)
+    assert lines == [
+        "loading the model", "calibrating", "watching activations:  50%", "quantizing:  10%",
+        "watching activations for it:  20%",
     ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ OWN = {
     "nodes": ["nodes", "model", "quantizer", "loaders", "kernels"],
     "cli": ["cli", "quantizer", "loaders", "kernels", "benchmarks"],  # bench alone uses benchmarks
 }
-COMFYUI = ["comfy", "comfy_aimdo", "comfy_api", "comfy_kitchen", "folder_paths", "node_helpers", "nodes"]
+COMFYUI = ["comfy", "comfy_aimdo", "comfy_api", "comfy_kitchen", "folder_paths", "node_helpers", "nodes", "server"]
 # Folder -> packages from outside.
 THIRD_PARTY = {
     "kernels": ["torch", "triton"],
