@@ -87,8 +87,8 @@ class Graphs:
     def __init__(self):
         self.places = weakref.WeakKeyDictionary()  # block: of its last run
 
-    def run(self, block, places, compute, attend, apart, tensors, streams):
-        assert not apart
+    def run(self, block, kind, places, compute, attend, apart, tensors, streams):
+        assert not apart and isinstance(hash(kind), int)
         self.places[block] = places
         compute(attend, *tensors)
         return tensors[:streams]
