@@ -70,6 +70,7 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
     config = checkpoint.config
     sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    sources = flux_names.with_plain(sources, checkpoint.kept)
     layers = Counter(_kind(source) for source in sources.values())
     dense_values = sum(math.prod(shape) for shape in stock_shapes(config).values())
     return {
@@ -108,6 +109,7 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
 
     config = checkpoint.config
     sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    sources = flux_names.with_plain(sources, checkpoint.kept)
     headers = [read_header(file) for file in checkpoint.files]
     kinds = {name: _kind(source) for name, source in sources.items()}
     if checkpoint.format == "comfyui":

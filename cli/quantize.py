@@ -50,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-error", type=float, metavar="X", help="with --rank auto: of a layer's output, relative; default: 0.1"
     )
+    parser.add_argument(
+        "--keep-16bit", action="append", default=[], metavar="PATTERN",
+        help="do not quantize these linears, by ComfyUI's names: double_blocks.0.* or *.txt_mlp.2; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of scales and 16-bit layers; default: bf16")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default): a GPU if there is one")
     parser.add_argument(
@@ -110,7 +114,7 @@ def _without_calibration(args: argparse.Namespace, status: StatusLine) -> dict[s
 
     result = quantize(
         args.file, args.out, args.rank, args.dtype, args.device, args.iterations, args.seed, args.force, progress,
-        args.target_error or 0.0,
+        args.target_error or 0.0, tuple(args.keep_16bit),
     )  # fmt: skip
     status.clear()
     if result.resumed:
@@ -146,6 +150,7 @@ def quantize(
     force: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     target_error: float = 0.0,
+    keep_16bit: tuple[str, ...] = (),
 ) -> Result:
     """Quantize the 16-bit model ``path`` to ``out`` from its weights alone; the arguments are the command's options.
 
@@ -162,6 +167,6 @@ def quantize(
         raise problem(str(out), "device", "no CUDA GPU", "one that torch sees", "Use --device cpu, or see: doctor")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = open_dense(path)
-    settings = job.Settings(rank, dtype, iterations, seed, target_error=target_error)
+    settings = job.Settings(rank, dtype, iterations, seed, target_error=target_error, keep_16bit=keep_16bit)
     metadata = job.file_metadata(os.path.basename(os.path.abspath(path)), model.config, rank)
     return job.quantize(model, out, settings, metadata, device, force, progress)

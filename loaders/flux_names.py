@@ -5,6 +5,7 @@ Sources of the stored names: the original converter's output and its second nami
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -27,7 +28,10 @@ class AWQSource:
 
 @dataclass(frozen=True)
 class PlainSource:
-    """Stored 16-bit layer. ``swap_halves``: its two halves (scale, shift) stand in the opposite order in the model."""
+    """Stored 16-bit layer. ``swap_halves``: its two halves (scale, shift) stand in the opposite order in the model.
+
+    A linear that is quantized in other files is stored under its stock name where a file has it in 16 bits.
+    """
 
     name: str
     has_bias: bool
@@ -128,3 +132,8 @@ def all_layers(depth: int, depth_single_blocks: int, guidance: bool) -> dict[str
     for index in range(depth_single_blocks):
         sources |= single_block(index)
     return sources
+
+
+def with_plain(layers: dict[str, Source], kept: Collection[str]) -> dict[str, Source]:
+    """``layers`` with those of ``kept`` in 16 bits."""
+    return {name: PlainSource(name, has_bias=True) if name in kept else source for name, source in layers.items()}

@@ -27,7 +27,7 @@ from ..kernels.int4 import AWQ, GROUP, RANK_MULTIPLE, SHIFT, W4A4
 from . import flux_names
 from .flux_names import AWQSource, PlainSource, Source
 from .safetensors_file import Header, Reader, problem, read_bytes
-from .saved import layer_shape, prefix_before
+from .saved import prefix_before
 from .tensor_set import (
     HALF,
     PLAIN,
@@ -35,6 +35,8 @@ from .tensor_set import (
     TensorTable,
     check_rank,
     check_table,
+    kept_layers,
+    layer_shape,
     part_shape,
     plain_table,
     read_config,
@@ -136,6 +138,8 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
     )
     config = read_config(tensors, lambda name: name)
     layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    kept = kept_layers(tensors, config)
+    layers = flux_names.with_plain(layers, kept)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: False, _CONVERT)
     ranks = _read_ranks(tensors, header, layers)
     read: list[Callable[[str], Tensor]] = []
@@ -156,12 +160,13 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
         variant=variant(header.path, {}, config),
         precision="int4",
         ranks=dict(sorted(counts.items())),
-        dtype=_TORCH[tensors.infos["double_blocks.0.img_attn.qkv.weight_scale"].dtype],
+        dtype=_TORCH[next(info.dtype for name, info in tensors.infos.items() if name.endswith(".weight_scale"))],
         config=config,
         metadata=header.metadata,
         notes=(),
         file_bytes=header.file_bytes,
         layer_names=tuple(layers),
+        kept=kept,
         read_layer=lambda name: _read_layer(name, layers[name], config, ranks.get(name, ()), get),
     )
 

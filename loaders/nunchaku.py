@@ -26,6 +26,8 @@ from .tensor_set import (
     check_awq_groups,
     check_rank,
     check_table,
+    kept_layers,
+    linear_shapes,
     part_shape,
     plain_shapes,
     read_config,
@@ -44,6 +46,8 @@ def build_checkpoint(
     refuse_other_files(path, {tensors.key(name): info for name, info in tensors.infos.items()})
     config = read_config(tensors, _canonical_name)
     layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    kept = kept_layers(tensors, config)
+    layers = flux_names.with_plain(layers, kept)
     ranks = _check_tensors(tensors, config, layers)
     notes = _check_metadata(path, metadata, config)
     scales = tensors.infos[next(name for name in tensors.infos if name.endswith(".wscales"))]
@@ -70,6 +74,7 @@ def build_checkpoint(
         notes=tuple(notes),
         file_bytes=sum(header.file_bytes for header in headers),
         layer_names=tuple(layers),
+        kept=kept,
         read_layer=lambda name: _read_layer(layers[name], get, present),
     )
 
@@ -101,7 +106,7 @@ def _canonical_name(stock: str) -> str:
 def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
     """Every tensor that a checkpoint of this size may have; None stands for ranks and padded rows."""
     hidden = config.hidden_size
-    plain = {_canonical_name(module): shape for module, shape in plain_shapes(config).items()}
+    plain = {_canonical_name(module): shape for module, shape in plain_shapes(config).items()} | linear_shapes(config)
     expected: TensorTable = {}
     for source in layers.values():
         if isinstance(source, W4A4Source):

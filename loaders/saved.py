@@ -27,6 +27,8 @@ from .tensor_set import (
     check_awq_groups,
     check_rank,
     check_table,
+    kept_layers,
+    layer_shape,
     part_shape,
     plain_table,
     read_config,
@@ -77,6 +79,8 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
     )
     config = read_config(tensors, lambda name: name)
     layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    kept = kept_layers(tensors, config)
+    layers = flux_names.with_plain(layers, kept)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: name.endswith(LORA_LEAVES), _SAVE_AGAIN)
     ranks = _check_layers(tensors, header, config, layers)
     others = len(header.tensors) - len(keys)
@@ -96,12 +100,13 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
         variant=variant(header.path, {}, config),
         precision="int4",
         ranks=ranks,
-        dtype=_TORCH[tensors.infos["double_blocks.0.img_attn.qkv.weight_scale"].dtype],
+        dtype=_TORCH[next(info.dtype for name, info in tensors.infos.items() if name.endswith(".weight_scale"))],
         config=config,
         metadata=header.metadata,
         notes=(note,) if others else (),
         file_bytes=header.file_bytes,
         layer_names=tuple(layers),
+        kept=kept,
         read_layer=lambda name: _read_layer(name, layers[name], get, present),
     )
 
@@ -113,16 +118,6 @@ def _inner(source: W4A4Source) -> tuple[tuple[str, str], ...]:
     """For each part: the leaf of its codes, and what the leaves of its other tensors begin with."""
     last = ("weight", "weight_")
     return (last,) if len(source.parts) == 1 else (("weight_head_qdata", "weight_head_"), last)
-
-
-def layer_shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int, int]:
-    """[N, K] of a quantized layer."""
-    if isinstance(source, AWQSource):
-        return source.splits * config.hidden_size, config.hidden_size
-    shapes = [part_shape(part, config) for part in source.parts]
-    if source.axis == 0:
-        return sum(n for n, _ in shapes), shapes[0][1]
-    return shapes[0][0], sum(k for _, k in shapes)
 
 
 def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:

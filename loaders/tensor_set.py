@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ..kernels import layout
 from ..kernels.int4 import GROUP, RANK_MULTIPLE
-from .flux_names import PlainSource, Source
+from . import flux_names
+from .flux_names import AWQSource, PlainSource, Source, W4A4Source
 from .safetensors_file import TensorInfo, problem
 from .weights import FluxConfig
 
@@ -118,8 +119,8 @@ def plain_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
 
 
 def plain_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
-    """The tensors of all 16-bit layers, under stock names. Norms, which plain_shapes leaves out, have 128 values."""
-    shapes = plain_shapes(config)
+    """The tensors of all 16-bit layers, under stock names. Norms, which have no other shape, have 128 values."""
+    shapes = plain_shapes(config) | linear_shapes(config)
     expected: TensorTable = {}
     for name, source in layers.items():
         if isinstance(source, PlainSource):
@@ -128,6 +129,36 @@ def plain_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
             if source.has_bias:
                 expected[f"{name}.bias"] = (PLAIN, shape[:1])
     return expected
+
+
+def linear_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
+    """Stock module name -> [N, K], for all linears that are quantized, unless a file has them in 16 bits."""
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    return {name: layer_shape(source, config) for name, source in layers.items() if not isinstance(source, PlainSource)}
+
+
+def layer_shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int, int]:
+    """[N, K] of a quantized layer."""
+    if isinstance(source, AWQSource):
+        return source.splits * config.hidden_size, config.hidden_size
+    shapes = [part_shape(part, config) for part in source.parts]
+    if source.axis == 0:
+        return sum(n for n, _ in shapes), shapes[0][1]
+    return shapes[0][0], sum(k for _, k in shapes)
+
+
+def kept_layers(tensors: TensorSet, config: FluxConfig) -> tuple[str, ...]:
+    """Stock names of the linears that these tensors have in 16 bits, of those that are quantized in other files."""
+    leaves: dict[str, set[str]] = {}
+    for name in tensors.infos:
+        layer, _, leaf = name.rpartition(".")
+        leaves.setdefault(layer, set()).add(leaf)
+
+    def in_16_bits(layer: str) -> bool:
+        found = leaves.get(layer, set())
+        return "weight" in found <= {"weight", "bias"} and tensors.infos[f"{layer}.weight"].dtype in PLAIN
+
+    return tuple(name for name in linear_shapes(config) if in_16_bits(name))
 
 
 def part_shape(part: str, config: FluxConfig) -> tuple[int, int]:

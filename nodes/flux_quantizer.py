@@ -135,6 +135,16 @@ class SVDQFluxQuantize(io.ComfyNode):
                         "not larger than this part of it. 0.1 is a start. Other programs may expect one rank for all."
                     ),
                 ),
+                io.String.Input(
+                    "keep_16bit",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Linears that are not quantized, by ComfyUI's names, with * for anything and blanks between: "
+                        "double_blocks.0.* *.txt_mlp.2. Other programs cannot read such a file."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=[io.Hidden.unique_id],
@@ -156,6 +166,7 @@ class SVDQFluxQuantize(io.ComfyNode):
             single["iterations"],
             gptq=single["gptq"],
             target_error=single["target_error"],
+            keep_16bit=tuple(single.get("keep_16bit", "").split()),
         )
         how = (single[name] for name in ("width", "height", "steps", "calibration_seed"))
         calibration = FluxCalibration(single["model"], conditioning, *how)

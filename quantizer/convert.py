@@ -6,8 +6,9 @@ them (qkv and fc1 of a single block, the two attention outputs of a double block
 
 from __future__ import annotations
 
+import fnmatch
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,29 +54,55 @@ class _Part:
     has_bias: bool
 
 
-def layers_of(config: FluxConfig) -> dict[str, Source]:
-    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+def layers_of(config: FluxConfig, kept: Collection[str] = ()) -> dict[str, Source]:
+    """kept: stock names of linears that stay in 16 bits."""
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    return flux_names.with_plain(layers, kept)
 
 
-def units_of(config: FluxConfig) -> list[Unit]:
-    """All units in model order; the layers that stay in 16 bits are one, the first."""
-    layers = layers_of(config)
+def units_of(config: FluxConfig, kept: Collection[str] = ()) -> list[Unit]:
+    """All units in model order; the layers that are in 16 bits in every file are one, the first."""
     grouped: dict[str, dict[str, Source]] = {PLAIN_UNIT: {}}
-    for name, source in layers.items():
-        unit = PLAIN_UNIT if isinstance(source, PlainSource) else name
-        # The two attention outputs of a double block share one smoothing vector.
-        unit = unit.replace(".img_attn.proj", ".attn.proj").replace(".txt_attn.proj", ".attn.proj")
+    for name, source in layers_of(config, kept).items():
+        unit = name
+        if isinstance(source, PlainSource) and name not in kept:
+            unit = PLAIN_UNIT
+        elif name not in kept:
+            # The two attention outputs of a double block share one smoothing vector.
+            unit = name.replace(".img_attn.proj", ".attn.proj").replace(".txt_attn.proj", ".attn.proj")
         grouped.setdefault(unit, {})[name] = source
     return [Unit(name, members) for name, members in grouped.items()]
 
 
-def specs_of(config: FluxConfig, rank: int, dtype: torch.dtype) -> dict[str, Spec]:
+def specs_of(config: FluxConfig, rank: int, dtype: torch.dtype, kept: Collection[str] = ()) -> dict[str, Spec]:
     """Stored name -> dtype and shape of every tensor of the checkpoint."""
     specs = {}
-    for name, (dtypes, shape) in tensor_table(config, layers_of(config)).items():
+    for name, (dtypes, shape) in tensor_table(config, layers_of(config, kept)).items():
         free = rank if name.endswith((".lora_down", ".lora_up")) else config.hidden_size // GROUP
         specs[name] = Spec(_INTEGERS.get(dtypes[0], dtype), tuple(free if size is None else size for size in shape))
     return specs
+
+
+def kept_by(patterns: Sequence[str], config: FluxConfig, out: str) -> tuple[str, ...]:
+    """Stock names of the linears that stay in 16 bits: those that one of the patterns (with *, ? and [..]) fits.
+
+    out: the file, for errors. Raises CheckpointError for a pattern that fits none, and if nothing is left.
+    """
+    layers = {name: source for name, source in layers_of(config).items() if not isinstance(source, PlainSource)}
+    found: set[str] = set()
+    for pattern in patterns:
+        fits = fnmatch.filter(layers, pattern)
+        if not fits:
+            expected = (
+                "ComfyUI's name of a linear (double_blocks.0.img_mlp.2), or with *: single_blocks.*.linear2"
+            )
+            raise problem(out, "layers to keep in 16 bits", pattern, expected, "The report of any run lists all names")
+        found.update(fits)
+    for blocks in ("double_blocks", "single_blocks"):
+        if not any(isinstance(s, W4A4Source) and n.startswith(blocks) and n not in found for n, s in layers.items()):
+            expected = f"at least one of {blocks} to quantize"
+            raise problem(out, "layers to keep in 16 bits", " ".join(patterns), expected, "Keep fewer")
+    return tuple(name for name in layers if name in found)
 
 
 def stored_names(unit: Unit, specs: dict[str, Spec]) -> list[str]:
@@ -111,7 +138,7 @@ def convert(
     """
     tensors: dict[str, Tensor] = {}
     facts: list[Facts] = []
-    if unit.name == PLAIN_UNIT:
+    if isinstance(next(iter(unit.layers.values())), PlainSource):
         for stock, source in unit.layers.items():
             tensors |= _plain(model, stock, source, recipe.dtype)
     elif isinstance(next(iter(unit.layers.values())), AWQSource):

@@ -30,7 +30,7 @@ from ..loaders.weights import CheckpointError, FluxConfig
 from ..loaders.write import Spec, check_not_read, check_target, safetensors_writer
 from . import activations, report
 from .activations import Activations, Calibration
-from .convert import Facts, Unit, convert, input_sections, specs_of, stored_names, units_of
+from .convert import Facts, Unit, convert, input_sections, kept_by, specs_of, stored_names, units_of
 from .replay import Replay
 from .solve import WEIGHT_ONLY_BETA, Recipe
 from .source import Source
@@ -54,7 +54,8 @@ class Settings:
 
     rank: 16 to 128, a multiple of 16 · dtype: "bf16" or "fp16" · iterations: rounds of branch and codes · seed ·
     gptq: error feedback, which needs a calibration · target_error: where above 0, each layer gets the smallest rank, up
-    to ``rank``, whose relative output error is within it.
+    to ``rank``, whose relative output error is within it · keep_16bit: patterns of stock names of linears that are not
+    quantized (convert.kept_by).
     """
 
     rank: int = 32
@@ -63,6 +64,7 @@ class Settings:
     seed: int = 0
     gptq: bool = False
     target_error: float = 0.0
+    keep_16bit: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -71,7 +73,10 @@ class Settings:
     def describe(self, calibration: Calibration | None) -> dict[str, Any]:
         """As JSON, for the metadata of the file and the report."""
         how = {"calibration": "none", "smooth_beta": WEIGHT_ONLY_BETA}
-        return {"algorithm": ALGORITHM, **(how if calibration is None else calibration.describe()), **asdict(self)}
+        settings = asdict(self)
+        if not self.keep_16bit:
+            del settings["keep_16bit"]
+        return {"algorithm": ALGORITHM, **(how if calibration is None else calibration.describe()), **settings}
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,9 @@ def quantize(
     """
     started, out = time.monotonic(), Path(out)
     _check(model, out, settings, calibration)
-    specs = specs_of(model.config, settings.rank, settings.recipe.dtype)
-    units = units_of(model.config)
+    kept = kept_by(settings.keep_16bit, model.config, str(out))
+    specs = specs_of(model.config, settings.rank, settings.recipe.dtype, kept)
+    units = units_of(model.config, kept)
     described = settings.describe(calibration)
     folder = _job_folder(model, out, described, device)
     done = _finished(folder, units, specs)
@@ -126,7 +132,7 @@ def quantize(
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         missing = [unit for unit in units if unit.name not in done]
-        work = _with_activations(missing, model, settings, calibration, folder, progress)
+        work = _with_activations(units, missing, model, settings, calibration, folder, progress)
         with contextlib.closing(work):
             for unit, seen in work:
                 progress(count, sum(weights.values()), unit.name)
@@ -180,6 +186,7 @@ def _nbytes(unit: Unit, specs: Mapping[str, Spec]) -> int:
 
 
 def _with_activations(
+    every: list[Unit],
     units: list[Unit],
     model: Source,
     settings: Settings,
@@ -187,12 +194,13 @@ def _with_activations(
     folder: Path,
     progress: Progress,
 ) -> Generator[tuple[Unit, Activations | None]]:
-    """Each unit with what has to be known of its inputs; statistics are kept in ``folder``."""
+    """Each of ``units``, which are some of every, with what has to be known of its inputs; statistics are kept in
+    ``folder``."""
     if calibration is None:
         yield from ((unit, None) for unit in units)
         return
     path = folder / _STATISTICS
-    names = [name for unit in units_of(model.config) for name in input_sections(unit, model.shapes)]
+    names = [name for unit in every for name in input_sections(unit, model.shapes)]
     inputs = activations.load(path, names)
     with Replay(calibration.flux, calibration.run, folder / _INPUTS) as replay:
         if inputs is None and units:

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from files import read_all
 from flux_models import forward, inputs, relative
+from safetensors.torch import save_file
 from test_memory_modes import write_lora
 
+from svdq.cli.dequantize import effective
 from svdq.kernels import reference
 from svdq.loaders import open_checkpoint
 
@@ -81,21 +84,26 @@ class PlainLayers:
 
 @pytest.fixture
 def models(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    return load_both(tiny, monkeypatch)
+
+
+def load_both(path: Path, monkeypatch: pytest.MonkeyPatch):
     """(MODEL with fused blocks, the same with stock ones, the layers of the first)."""
     from svdq.model import flux, load_flux
-    from svdq.model.ops import QuantizedLinear
+    from svdq.model.ops import QuantizedLinear, is_quantized
 
     plain = QuantizedLinear.plain
     # float32 activations, the type that ComfyUI computes in on a CPU
-    monkeypatch.setattr(QuantizedLinear, "plain", lambda self, dtype: plain(self, self.weight._params.scale.dtype))
+    monkeypatch.setattr(
+        QuantizedLinear, "plain",
+        lambda self, dtype: plain(self, self.weight._params.scale.dtype if is_quantized(self.weight) else dtype),
+    )  # fmt: skip
     monkeypatch.setattr(QuantizedLinear, "_has_room", lambda self, ranks: True)
     layers = PlainLayers()
-    fused, stock = load_flux(str(tiny), "16bit"), load_flux(str(tiny), "16bit")
+    fused, stock = load_flux(str(path), "16bit"), load_flux(str(path), "16bit")
     flux.fuse_blocks(fused.model.diffusion_model, SimpleNamespace(kernels=True, layers=layers))
-    graphs = SimpleNamespace(run=lambda block, addresses, compute, tensors, n: (compute(*tensors), tensors[:n])[1],
-                             clear=lambda: None)  # fmt: skip
     for block in (*fused.model.diffusion_model.double_blocks, *fused.model.diffusion_model.single_blocks):
-        block.graphs = graphs
+        block.graphs = SimpleNamespace(clear=lambda: None)  # none are recorded on a CPU
     return fused, stock, layers
 
 
@@ -105,6 +113,27 @@ def test_fused_blocks_are_the_stock_ones(models, tiny: Path, size: int, tokens: 
     arguments = inputs(open_checkpoint(tiny), size=size, tokens=tokens, batch=batch)
     assert relative(forward(fused, arguments), forward(stock, arguments)) < LIMIT
     assert layers.products > 0
+
+
+def test_a_linear_in_16_bits_takes_its_block_out(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the quantizer with exceptions: of a linear, and of a modulation layer, whose block is fused all the
+    same."""
+    tensors, metadata = read_all(tiny)
+    for name, stored in (("single_blocks.0.linear2", ("out_proj", "mlp_fc2")), ("single_blocks.1.modulation.lin", ())):
+        weight, bias = effective(open_checkpoint(tiny).layer(name), torch.bfloat16)
+        tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        theirs = f"single_transformer_blocks.{name.split('.')[1]}"
+        gone = [f"{theirs}.{layer}." for layer in stored or ("norm.linear",)]
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(tuple(gone))}
+    save_file(tensors, tmp_path / "kept.safetensors", metadata)
+    counts = []
+    for path in (tiny, tmp_path / "kept.safetensors"):
+        fused, stock, layers = load_both(path, monkeypatch)
+        arguments = inputs(open_checkpoint(path))
+        assert relative(forward(fused, arguments), forward(stock, arguments)) < LIMIT
+        counts.append(layers.products)
+    single = 3  # qkv of each of two pictures; the sum of attention output and fc2
+    assert counts[1] == counts[0] - single
 
 
 @pytest.mark.parametrize("batch", [1, 2])
