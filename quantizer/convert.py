@@ -93,9 +93,7 @@ def kept_by(patterns: Sequence[str], config: FluxConfig, out: str) -> tuple[str,
     for pattern in patterns:
         fits = fnmatch.filter(layers, pattern)
         if not fits:
-            expected = (
-                "ComfyUI's name of a linear (double_blocks.0.img_mlp.2), or with *: single_blocks.*.linear2"
-            )
+            expected = "ComfyUI's name of a linear (double_blocks.0.img_mlp.2), or with *: single_blocks.*.linear2"
             raise problem(out, "layers to keep in 16 bits", pattern, expected, "The report of any run lists all names")
         found.update(fits)
     for blocks in ("double_blocks", "single_blocks"):
