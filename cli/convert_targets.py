@@ -41,7 +41,7 @@ class Baked:
         self, checkpoint: Checkpoint, deltas: Mapping[str, Sequence[Delta]], without_modulation: bool = False
     ) -> None:
         self.checkpoint, self._without_modulation = checkpoint, without_modulation
-        self.sources = layers_of(checkpoint.config, checkpoint.kept)
+        self.sources = layers_of(checkpoint.config, checkpoint.plain_linears)
         dropped = {name for name in deltas if without_modulation and _is_modulation(self.sources[name])}
         self.deltas = {name: found for name, found in deltas.items() if name not in dropped}
         self.left_out = 2 * sum(len(deltas[name]) for name in dropped)

@@ -65,12 +65,10 @@ def inspect(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
 
 
 def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    from ..loaders import flux_names
     from ..quantizer.source import stock_shapes
 
     config = checkpoint.config
-    sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
-    sources = flux_names.with_plain(sources, checkpoint.kept)
+    sources = _sources(checkpoint)
     layers = Counter(_kind(source) for source in sources.values())
     dense_values = sum(math.prod(shape) for shape in stock_shapes(config).values())
     return {
@@ -97,6 +95,13 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _sources(checkpoint: Checkpoint) -> dict[str, Source]:
+    from ..loaders import flux_names
+
+    config, plain = checkpoint.config, checkpoint.plain_linears
+    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
+
+
 def _kind(source: Source) -> str:
     from ..loaders.flux_names import AWQSource, W4A4Source
 
@@ -107,9 +112,7 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
     from ..loaders import flux_names, kitchen, saved
     from ..loaders.safetensors_file import read_header
 
-    config = checkpoint.config
-    sources = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
-    sources = flux_names.with_plain(sources, checkpoint.kept)
+    sources = _sources(checkpoint)
     headers = [read_header(file) for file in checkpoint.files]
     kinds = {name: _kind(source) for name, source in sources.items()}
     if checkpoint.format == "comfyui":

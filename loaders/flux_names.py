@@ -124,16 +124,14 @@ def outer_layers(guidance: bool) -> dict[str, Source]:
     return sources
 
 
-def all_layers(depth: int, depth_single_blocks: int, guidance: bool) -> dict[str, Source]:
-    """Stock module name -> stored layer(s), for a whole model, in model order."""
+def all_layers(
+    depth: int, depth_single_blocks: int, guidance: bool, plain_linears: Collection[str] = ()
+) -> dict[str, Source]:
+    """Stock module name -> stored layer(s), for a whole model, in model order. plain_linears: stock names of those that
+    are in 16 bits, of the linears in blocks."""
     sources = outer_layers(guidance)
     for index in range(depth):
         sources |= double_block(index)
     for index in range(depth_single_blocks):
         sources |= single_block(index)
-    return sources
-
-
-def with_plain(layers: dict[str, Source], kept: Collection[str]) -> dict[str, Source]:
-    """``layers`` with those of ``kept`` in 16 bits."""
-    return {name: PlainSource(name, has_bias=True) if name in kept else source for name, source in layers.items()}
+    return sources | {name: PlainSource(name, has_bias=True) for name in sources if name in plain_linears}

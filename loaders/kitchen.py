@@ -35,9 +35,9 @@ from .tensor_set import (
     TensorTable,
     check_rank,
     check_table,
-    kept_layers,
     layer_shape,
     part_shape,
+    plain_linears,
     plain_table,
     read_config,
     variant,
@@ -137,9 +137,8 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
         prefix=prefix,
     )
     config = read_config(tensors, lambda name: name)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
-    kept = kept_layers(tensors, config)
-    layers = flux_names.with_plain(layers, kept)
+    plain = plain_linears(tensors, config)
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: False, _CONVERT)
     ranks = _read_ranks(tensors, header, layers)
     read: list[Callable[[str], Tensor]] = []
@@ -166,7 +165,7 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
         notes=(),
         file_bytes=header.file_bytes,
         layer_names=tuple(layers),
-        kept=kept,
+        plain_linears=plain,
         read_layer=lambda name: _read_layer(name, layers[name], config, ranks.get(name, ()), get),
     )
 

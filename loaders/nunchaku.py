@@ -26,9 +26,9 @@ from .tensor_set import (
     check_awq_groups,
     check_rank,
     check_table,
-    kept_layers,
     linear_shapes,
     part_shape,
+    plain_linears,
     plain_shapes,
     read_config,
     variant,
@@ -45,9 +45,8 @@ def build_checkpoint(
     tensors = _merge(path, headers)
     refuse_other_files(path, {tensors.key(name): info for name, info in tensors.infos.items()})
     config = read_config(tensors, _canonical_name)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
-    kept = kept_layers(tensors, config)
-    layers = flux_names.with_plain(layers, kept)
+    plain = plain_linears(tensors, config)
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
     ranks = _check_tensors(tensors, config, layers)
     notes = _check_metadata(path, metadata, config)
     scales = tensors.infos[next(name for name in tensors.infos if name.endswith(".wscales"))]
@@ -74,7 +73,7 @@ def build_checkpoint(
         notes=tuple(notes),
         file_bytes=sum(header.file_bytes for header in headers),
         layer_names=tuple(layers),
-        kept=kept,
+        plain_linears=plain,
         read_layer=lambda name: _read_layer(layers[name], get, present),
     )
 

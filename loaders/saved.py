@@ -27,9 +27,9 @@ from .tensor_set import (
     check_awq_groups,
     check_rank,
     check_table,
-    kept_layers,
     layer_shape,
     part_shape,
+    plain_linears,
     plain_table,
     read_config,
     variant,
@@ -78,9 +78,8 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
         prefix=prefix,
     )
     config = read_config(tensors, lambda name: name)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
-    kept = kept_layers(tensors, config)
-    layers = flux_names.with_plain(layers, kept)
+    plain = plain_linears(tensors, config)
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: name.endswith(LORA_LEAVES), _SAVE_AGAIN)
     ranks = _check_layers(tensors, header, config, layers)
     others = len(header.tensors) - len(keys)
@@ -106,7 +105,7 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
         notes=(note,) if others else (),
         file_bytes=header.file_bytes,
         layer_names=tuple(layers),
-        kept=kept,
+        plain_linears=plain,
         read_layer=lambda name: _read_layer(name, layers[name], get, present),
     )
 

@@ -147,7 +147,7 @@ def layer_shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int
     return shapes[0][0], sum(k for _, k in shapes)
 
 
-def kept_layers(tensors: TensorSet, config: FluxConfig) -> tuple[str, ...]:
+def plain_linears(tensors: TensorSet, config: FluxConfig) -> tuple[str, ...]:
     """Stock names of the linears that these tensors have in 16 bits, of those that are quantized in other files."""
     leaves: dict[str, set[str]] = {}
     for name in tensors.infos:

@@ -124,7 +124,7 @@ class Checkpoint:
     "comfyui" or "comfy-kitchen" · variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the
     low-rank branch -> number of packed weights that have it · dtype: of scales and low-rank factors · metadata: the
     header's strings · notes: what a user should know and nothing breaks on · file_bytes: total size · layer_names:
-    stock module names in model order · kept: those of linears that are quantized in other files and in 16 bits in this.
+    stock module names in model order · plain_linears: those in 16 bits, of linears that other files quantize.
 
     ``layer(name)`` reads one layer: tensors are views of the mapped file wherever the stock layout allows it.
     """
@@ -142,7 +142,7 @@ class Checkpoint:
     file_bytes: int
     layer_names: tuple[str, ...]
     read_layer: Callable[[str], Layer] = field(repr=False)
-    kept: tuple[str, ...] = ()
+    plain_linears: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..loaders.safetensors_file import mapped_reader, problem, read_header
 from ..loaders.weights import CheckpointError
-from ..loaders.write import Spec, safetensors_writer
+from ..loaders.write import write_tensors
 
 ROWS = 256  # of each input, kept to measure output errors on
 _MOMENT_ROWS = 1024  # of each call, at most, that count for second moments
@@ -117,10 +117,7 @@ def moments_nbytes(sections: Mapping[str, list[slice]]) -> int:
 
 def save(path: Path, found: Mapping[str, InputStatistics]) -> None:
     tensors = {f"{name}.{leaf}": tensor for name, stats in found.items() for leaf, tensor in vars(stats).items()}
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with safetensors_writer(path, specs, {}, force=True) as write:
-        for name, tensor in tensors.items():
-            write(name, tensor)
+    write_tensors(path, tensors, {}, force=True)
 
 
 def load(path: Path, names: list[str]) -> dict[str, InputStatistics] | None:

@@ -56,8 +56,7 @@ class _Part:
 
 def layers_of(config: FluxConfig, kept: Collection[str] = ()) -> dict[str, Source]:
     """kept: stock names of linears that stay in 16 bits."""
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
-    return flux_names.with_plain(layers, kept)
+    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, kept)
 
 
 def units_of(config: FluxConfig, kept: Collection[str] = ()) -> list[Unit]:

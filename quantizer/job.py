@@ -27,7 +27,7 @@ from ..loaders.flux_names import LOW_RANK_LEAVES
 from ..loaders.metadata import merged_metadata
 from ..loaders.safetensors_file import TensorInfo, mapped_reader, problem, read_header
 from ..loaders.weights import CheckpointError, FluxConfig
-from ..loaders.write import Spec, check_not_read, check_target, safetensors_writer
+from ..loaders.write import Spec, check_not_read, check_target, safetensors_writer, write_tensors
 from . import activations, report
 from .activations import Activations, Calibration
 from .convert import Facts, Unit, convert, input_sections, kept_by, specs_of, stored_names, units_of
@@ -277,10 +277,7 @@ def _nbytes_without_rank(name: str, info: TensorInfo | Spec) -> int:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], facts: list[Facts]) -> None:
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with safetensors_writer(path, specs, {_FACTS: json.dumps(facts)}, force=True) as write:
-        for name, tensor in tensors.items():
-            write(name, tensor)
+    write_tensors(path, tensors, {_FACTS: json.dumps(facts)}, force=True)
 
 
 def _facts_of(path: Path) -> list[Facts]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loaders.safetensors_file import mapped_reader
-from ..loaders.write import Spec, safetensors_writer
+from ..loaders.write import write_tensors
 from .activations import OnStep, Run
 
 _STREAMS = {"double_blocks": ("img", "txt"), "single_blocks": ("x",)}
@@ -33,9 +33,9 @@ class Replay:
         self._seen: list[tuple[float, Tensor]] = []  # of each evaluation: sum of x, output on the CPU
         self._complete = False
         self._kept: int | None = None  # the block whose inputs are in the folder
-        self.__exit__()
 
     def __enter__(self) -> Replay:
+        self.__exit__()  # what a killed run left
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,10 +109,9 @@ class Replay:
         names = _STREAMS[self._blocks[index][0]]
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            changed = change(_streams(names, args, kwargs))
-            by_position = min(len(args), len(names))
-            named = dict(zip(names[by_position:], changed[by_position:], strict=True))
-            return (*changed[:by_position], *args[len(names) :]), kwargs | named
+            # Streams come first in a block's signature: by position, however they were given.
+            others = {name: value for name, value in kwargs.items() if name not in names}
+            return (*change(_streams(names, args, kwargs)), *args[len(names) :]), others
 
         handle = self._block(index).register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -127,10 +126,7 @@ class Replay:
     def _keep(self, evaluation: Callable[[], int], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._folder.mkdir(parents=True, exist_ok=True)
         streams = {str(i): tensor.cpu() for i, tensor in enumerate(given)}
-        specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in streams.items()}
-        with safetensors_writer(self._file(evaluation()), specs, {}, force=True) as write:
-            for name, tensor in streams.items():
-                write(name, tensor)
+        write_tensors(self._file(evaluation()), streams, {}, force=True)
         return given
 
     def _file(self, number: int) -> Path:

@@ -210,7 +210,7 @@ def test_parts_that_are_smoothed_differently_become_16_bits(dev: Path, tmp_path:
     assert_same(tensors[f"{LINEAR1}.weight"], weight)
     assert_same(tensors[f"{LINEAR1}.bias"], bias)
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "nunchaku")
-    assert open_checkpoint(tmp_path / "c.safetensors").kept == (LINEAR1,)
+    assert open_checkpoint(tmp_path / "c.safetensors").plain_linears == (LINEAR1,)
     assert_same(open_checkpoint(tmp_path / "c.safetensors").layer(LINEAR1).weight, weight)
 
 

@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_file(files: dict[str, Path]) -> None:
     source, kept, plain = (read_all(files[name])[0] for name in ("source", "kept", "plain"))
     checkpoint = open_checkpoint(files["kept"])
-    assert checkpoint.kept == KEPT and open_checkpoint(files["plain"]).kept == ()
+    assert checkpoint.plain_linears == KEPT and open_checkpoint(files["plain"]).plain_linears == ()
     assert checkpoint.layer_names == open_checkpoint(files["plain"]).layer_names
     for name in KEPT:
         layer = checkpoint.layer(name)
@@ -68,7 +68,7 @@ def test_it_computes_and_is_saved(files: dict[str, Path], tmp_path: Path) -> Non
     )
     assert flux_models.relative(out, dense) < 1e-2 < flux_models.relative(run(files["plain"]), dense)
     saved = save(load_flux(str(files["kept"]), "16bit"), tmp_path)
-    assert open_checkpoint(saved).kept == KEPT
+    assert open_checkpoint(saved).plain_linears == KEPT
     assert torch.equal(run(saved), out)
 
 
@@ -111,14 +111,14 @@ def test_converting(to: str, files: dict[str, Path], tmp_path: Path) -> None:
     if to == "comfy-svdquant":
         convert(tmp_path / "made.safetensors", tmp_path / "again.safetensors", "nunchaku")
         again, kept = read_all(tmp_path / "again.safetensors")[0], read_all(files["kept"])[0]
-        assert again.keys() == kept.keys() and open_checkpoint(tmp_path / "again.safetensors").kept == KEPT
+        assert again.keys() == kept.keys() and open_checkpoint(tmp_path / "again.safetensors").plain_linears == KEPT
         # Zero points have another form there (docs/convert.md).
         assert all(torch.equal(again[key], kept[key]) for key in kept if not key.endswith(".wzeros"))
 
 
 def test_calibrated_with_gptq(model: Any, folder: Path) -> None:  # noqa: F811
     out = quantize(model, gptq=True, keep_16bit="  ".join(PATTERNS))
-    assert open_checkpoint(out).kept == KEPT
+    assert open_checkpoint(out).plain_linears == KEPT
     other = quantize(model, gptq=True, filename="other")
     kept, plain = read_all(out)[0], read_all(other)[0]
     assert all(torch.equal(kept[key], plain[key]) for key in kept if key in plain)
