@@ -284,7 +284,7 @@ def gemm_int8_hopper_figures(tile) -> Figures:
         return "*fp32" if "scales" in name or "partial" in name else "*bf16"
 
     types = dict.fromkeys(("a_desc", "w_desc", "a2_desc", "w2_desc"), matrix("i8", 128, 1))
-    types |= dict.fromkeys(("lora_desc", "up_desc"), matrix("bf16", 32, 2))
+    types |= dict.fromkeys(("lora_desc", "up_desc"), matrix("bf16", tile.ranks, 2))
     types |= dict.fromkeys(("beside_desc", "out_desc"), matrix("bf16", 64, 2))
     if KINDS[tile.epilogue] == "NORM_ROPE":
         types["beside_desc"] = matrix("fp32", 64, 4)

@@ -24,7 +24,7 @@ from .arrivals import arrivals
 from .device import describe, multiprocessors
 from .epilogue import KINDS, After, require
 from .int4 import RANK_MULTIPLE
-from .tiles_int8 import BLOCK, HOPPER, NO_PIECES, HopperTile, Tile, choose_tile, plan_items
+from .tiles_int8 import BLOCK, HOPPER, NO_PIECES, HopperTile, Tile, choose_tile, low_rank_boxes, plan_items
 from .weights_int8 import W8
 
 HEAD = tl.constexpr(128)
@@ -241,10 +241,12 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
     # Sums of pieces that belong to inputs with different scales could not be added up.
     cut = NO_PIECES if call.second else tile
     plan = plan_items(m, n, steps1 + steps2, cut, multiprocessors(codes.device))
+    ranks, boxes = low_rank_boxes(rank)
     tile = replace(
         tile,
         join=0,
-        ranks=min(64, triton.next_power_of_2(rank)) if rank else 0,
+        ranks=ranks,
+        boxes=boxes,
         second=call.second is not None,
         unsigned=w.act_unsigned,
         unsigned2=w2.act_unsigned,
@@ -260,7 +262,7 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
     a2, b2 = (_describe_matrix(codes2, 128), _describe_matrix(w2.q, 128)) if call.second else (a, b)
     lora, up = a, b
     if rank:
-        lora, up = _describe_matrix(call.lora_act, tile.ranks), _describe_matrix(call.proj_up, tile.ranks)
+        lora, up = _describe_matrix(call.lora_act, ranks), _describe_matrix(call.proj_up, ranks)
     bias, gate, residual, norm_q, norm_k, rotary = call.after_tensors
     beside = residual if call.after.rotary is None else rotary.view(m, -1)
     gluon_hopper.gemm_w8a8_hopper_kernel[(plan.grid,)](

@@ -205,28 +205,35 @@ def _to_values(acc, row, column, vectors, sizes, UNSIGNED: gl.constexpr):
 
 
 @gluon.jit
-def _low_rank_buffers(matrices, stage, W: gl.constexpr, C: gl.constexpr):
-    """Both operands of the low-rank branch, in the place of this warpgroup's results."""
+def _low_rank_buffers(matrices, stage, BOX: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
+    """Both operands of C.ranks columns of the low-rank branch, in the place of this warpgroup's results."""
     RANKS: gl.constexpr = C.ranks
+    T: gl.constexpr = matrices.lora_act.dtype
+    BOXES: gl.constexpr = HALF // RANKS  # for which there is room
     WIDE: gl.constexpr = gl.NVMMASharedLayout(RANKS * 2, 16, 2)
-    both = stage.index(W)._reinterpret(matrices.lora_act.dtype, [TM + TN, RANKS], WIDE)
+    both = stage._reinterpret(T, [2 * BOXES, TM + TN, RANKS], WIDE).index(W * BOXES + BOX)
     return both.slice(0, TM), both.slice(TM, TN)
 
 
 @gluon.jit
 def _load_low_rank(matrices, ring, stage, row, column, rank, W: gl.constexpr, C: gl.constexpr):
     """Columns from ``rank`` on."""
-    act, up = _low_rank_buffers(matrices, stage, W, C)
+    BOXES: gl.constexpr = C.boxes
     bar = ring.extra.index(W)
-    mbarrier.expect(bar, (TM + TN) * C.ranks * 2)
-    tma.async_copy_global_to_shared(matrices.lora_act, [row, rank], bar, act)
-    tma.async_copy_global_to_shared(matrices.proj_up, [column, rank], bar, up)
+    mbarrier.expect(bar, (TM + TN) * C.ranks * C.boxes * 2)
+    for i in gl.static_range(BOXES):
+        act, up = _low_rank_buffers(matrices, stage, i, W, C)
+        tma.async_copy_global_to_shared(matrices.lora_act, [row, rank + i * C.ranks], bar, act)
+        tma.async_copy_global_to_shared(matrices.proj_up, [column, rank + i * C.ranks], bar, up)
 
 
 @gluon.jit
 def _multiply_low_rank(x, matrices, stage, W: gl.constexpr, C: gl.constexpr):
-    act, up = _low_rank_buffers(matrices, stage, W, C)
-    x = warpgroup_mma(act, up.permute((1, 0)), x)
+    BOXES: gl.constexpr = C.boxes
+    for i in gl.static_range(BOXES):
+        act, up = _low_rank_buffers(matrices, stage, i, W, C)
+        x = warpgroup_mma(act, up.permute((1, 0)), x, is_async=True)
+    x = warpgroup_mma_wait(0, deps=[x])
     barrier()  # all warps have read the buffers before one of them writes
     return x
 
@@ -304,11 +311,12 @@ def _consumer(matrices, vectors, vectors2, after, partial_ptr, counter_ptr, ring
                 x = _to_values(acc, row, column, vectors, sizes, C.unsigned)
             if C.ranks > 0:
                 x = _multiply_low_rank(x, matrices, stage, W, C)
-                for rank in range(C.ranks, sizes.R, C.ranks):
-                    _load_low_rank(matrices, ring, stage, row, column, rank, W, C)
-                    mbarrier.wait(ring.extra.index(W), extra_phase)
-                    extra_phase ^= 1
-                    x = _multiply_low_rank(x, matrices, stage, W, C)
+                if C.ranks == HALF:  # there may be more
+                    for rank in range(HALF, sizes.R, HALF):
+                        _load_low_rank(matrices, ring, stage, row, column, rank, W, C)
+                        mbarrier.wait(ring.extra.index(W), extra_phase)
+                        extra_phase ^= 1
+                        x = _multiply_low_rank(x, matrices, stage, W, C)
             extra_phase = _finish(x, row, column, matrices, ring, extra_phase, stage, after, sizes, W, C)
         if W == 0:
             slot, phase = _skip(item + programs, slot, phase, sizes, C)

@@ -51,8 +51,8 @@ class HopperTile:
 
     stages: buffers of the ring · group_m: row blocks before the next column block · join: what pieces cost, in steps;
     see plan_items · producer_warps: one of them loads; four are a warpgroup of their own · registers: of a multiplying
-    and of a loading thread. Filled in for each call: ranks: columns of the low-rank branch at a time, 0 for none ·
-    second, unsigned, unsigned2, epilogue: as in gemm_w8a8 · one_gate: whether the gate has one row.
+    and of a loading thread. Filled in for each call: ranks, boxes: see low_rank_boxes · second, unsigned, unsigned2,
+    epilogue: as in gemm_w8a8 · one_gate: whether the gate has one row.
     """
 
     stages: int = 5
@@ -61,6 +61,7 @@ class HopperTile:
     producer_warps: int = 4
     registers: tuple[int, int] = (240, 24)
     ranks: int = 32
+    boxes: int = 1
     second: bool = False
     unsigned: bool = False
     unsigned2: bool = False
@@ -74,6 +75,17 @@ HOPPER = HopperTile()
 NO_PIECES = HopperTile(join=10**6)
 BLOCK = 128
 MOST_PIECES = 8
+
+
+def low_rank_boxes(rank: int) -> tuple[int, int]:
+    """How the Hopper kernel copies the low-rank branch: columns of a box, and boxes at a time.
+
+    A box has a power of two of columns. Rank 48, that of most files with a LoRA of rank 16, is three of 16; from 64 on
+    boxes have 64, and what the last one has too many is zero.
+    """
+    if rank == 48:
+        return 16, 3
+    return (min(64, 1 << (rank - 1).bit_length()), 1) if rank else (0, 0)
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ KERNELS = pytest.mark.parametrize("kernel", ["plain", "hopper"])
         (4685, 256, 384, 128, False),
         (130, 9216, 3072, 32, False),
         (512, 3072, 12288, 32, True),
+        (200, 256, 256, 80, False),
     ],
 )
 def test_gemm(m: int, n: int, k: int, rank: int, act_unsigned: bool, kernel: str, dtype: torch.dtype) -> None:
@@ -257,6 +258,17 @@ def test_outputs(kernel: str) -> None:
     assert relative_error(gemm_w8a8(*operands, out=askew), without) <= OUTPUT_ROUNDING[BF16]
 
 
+def test_low_rank_boxes() -> None:
+    """All columns are copied, and none too many but in the last box of 64."""
+    from svdq.kernels.tiles_int8 import low_rank_boxes
+
+    assert low_rank_boxes(0) == (0, 0)
+    for rank in range(16, 257, 16):
+        ranks, boxes = low_rank_boxes(rank)
+        assert ranks in (16, 32, 64) and ranks * boxes <= 64
+        assert ranks * boxes == (rank if rank < 64 else 64)
+
+
 def test_when_the_hopper_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where it compiles and the copy engine can write the output; the plain kernel runs everywhere."""
     triton = pytest.importorskip("triton")
@@ -313,6 +325,7 @@ PLAIN = [("sm_90", 0, "NONE"), ("sm_90", 0, "GELU"), ("sm_90", 1, "NORM_ROPE"), 
 PLAIN += [(arch, 0, after) for arch in ("sm_80", "sm_86", "sm_120") for after in ("GELU", "GATE_RESIDUAL")]
 PLAIN += [("sm_89", 0, "NORM_ROPE"), ("sm_86", 1, "NONE")]
 TWO_INPUTS_SPILL = 96  # bytes of a thread, in the epilogue
+MORE_RANKS_SPILL = 40  # bytes of a thread: addresses that the epilogue needs
 GATE_SPILLS = 96  # bytes of a thread, in the epilogue: addresses of the residual
 
 
@@ -347,6 +360,8 @@ def test_plain_kernel_compiles_without_spills(arch: str, index: int, after: str)
         {"epilogue": 3, "unsigned": True},
         {"epilogue": 2, "one_gate": True},
         {"epilogue": 2, "one_gate": True, "second": True, "unsigned2": True},
+        {"epilogue": 3, "ranks": 16, "boxes": 3},
+        {"ranks": 64},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -360,7 +375,8 @@ def test_hopper_kernel_compiles_without_spills(options: dict) -> None:
     from svdq.kernels.tiles_int8 import HopperTile
 
     figures = gemm_int8_hopper_figures(HopperTile(**options))
-    assert figures.mmas > 0 and figures.spill_bytes <= (TWO_INPUTS_SPILL if "second" in options else 0)
+    allowed = TWO_INPUTS_SPILL if "second" in options else MORE_RANKS_SPILL if "ranks" in options else 0
+    assert figures.mmas > 0 and figures.spill_bytes <= allowed
     assert figures.shared_bytes <= 227 * 1024
 
 
