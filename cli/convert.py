@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     status.clear()
     print(f"{args.out}: {result.nbytes / 1e6:,.1f} MB ({result.to}) in {time.monotonic() - started:.1f} s")
     if result.dense:
-        print(f"{len(result.dense)} layers are in 16 bits, having no 4-bit form there: {', '.join(result.dense)}")
+        print(f"{len(result.dense)} layers are in 16 bits, having no other form there: {', '.join(result.dense)}")
     if result.left_out:
         print(f"{result.left_out} tensors of LoRAs are left out: for text encoders, or modulation layers if asked for")
     return 0

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..kernels.int4 import MAX_RANK
 from ..loaders import AWQLinear, Checkpoint, PlainLayer
-from ..loaders.flux_names import LOW_RANK_LEAVES, PlainSource, Source, W4A4Source, canonical_key
+from ..loaders.flux_names import LOW_RANK_LEAVES, AWQSource, PlainSource, W4A4Source, canonical_key
 from ..loaders.kitchen import kitchen_layer
 from ..loaders.nunchaku import stored_layer
 from ..loaders.safetensors_file import mapped_reader, problem, read_header
 from ..loaders.tensor_set import some
-from ..loaders.weights import Layer
+from ..loaders.weights import Int8Linear, Layer
 from ..loaders.write import Spec
 from ..quantizer.convert import layers_of
 from ..quantizer.job import file_metadata
@@ -41,8 +41,8 @@ class Baked:
         self, checkpoint: Checkpoint, deltas: Mapping[str, Sequence[Delta]], without_modulation: bool = False
     ) -> None:
         self.checkpoint, self._without_modulation = checkpoint, without_modulation
-        self.sources = layers_of(checkpoint.config, checkpoint.plain_linears)
-        dropped = {name for name in deltas if without_modulation and _is_modulation(self.sources[name])}
+        self.sources = layers_of(checkpoint.config, checkpoint.plain_linears, checkpoint.int8_linears)
+        dropped = {name for name in deltas if without_modulation and isinstance(self.sources[name], AWQSource)}
         self.deltas = {name: found for name, found in deltas.items() if name not in dropped}
         self.left_out = 2 * sum(len(deltas[name]) for name in dropped)
 
@@ -51,10 +51,6 @@ class Baked:
         if self._without_modulation and isinstance(layer, AWQLinear):
             layer = AWQLinear(layer.weight, layer.bias)
         return with_loras(layer, self.deltas.get(name, ()))
-
-
-def _is_modulation(source: Source) -> bool:
-    return not isinstance(source, PlainSource | W4A4Source)
 
 
 class Target(Protocol):
@@ -90,7 +86,7 @@ class _FourBit:
         specs: dict[str, Spec] = {}
         modulation, crowded = [], {}
         for name in self._baked.sources:
-            layer = self._baked.layer(name)
+            layer = self._layer(name)
             if getattr(layer, "lora", None) is None:
                 tensors = self.tensors(name)
                 if name in self._baked.deltas:
@@ -118,6 +114,19 @@ class _FourBit:
     def tensors(self, name: str) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def _layer(self, name: str) -> Layer:
+        """An INT8 layer with a LoRA is in 16 bits: there is no place for a LoRA beside it, and rounding the two to
+        eight bits again would round as much as many LoRAs change."""
+        layer = self._baked.layer(name)
+        if isinstance(layer, Int8Linear) and layer.lora is not None:
+            return self._in_16_bits(name, layer)
+        return layer
+
+    def _in_16_bits(self, name: str, layer: Layer) -> PlainLayer:
+        if name not in self.dense:
+            self.dense.append(name)
+        return PlainLayer(*effective(layer, self._baked.checkpoint.dtype))
+
 
 class Nunchaku(_FourBit):
     """A single svdq-int4 file. What no LoRA changes is copied as it is if the source has the same tensors."""
@@ -132,14 +141,16 @@ class Nunchaku(_FourBit):
                     self._stored.setdefault(name.rpartition(".")[0], {})[name] = file, key
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        source = self._baked.sources[name]
+        source, layer = self._baked.sources[name], self._layer(name)
+        if isinstance(layer, PlainLayer) and not isinstance(source, PlainSource):
+            return stored_layer(PlainSource(name, has_bias=True), layer, self._baked.checkpoint.dtype)
         if not self._stored:
-            return stored_layer(source, self._baked.layer(name), self._baked.checkpoint.dtype)
+            return stored_layer(source, layer, self._baked.checkpoint.dtype)
         modules = source.parts if isinstance(source, W4A4Source) else (source.name,)
         stored = {key: where for module in modules for key, where in self._stored[module].items()}
         tensors = {key: mapped_reader(file)(original) for key, (file, original) in stored.items()}
         if name in self._baked.deltas:
-            changed = stored_layer(source, self._baked.layer(name), self._baked.checkpoint.dtype)
+            changed = stored_layer(source, layer, self._baked.checkpoint.dtype)
             ends = LOW_RANK_LEAVES if isinstance(source, W4A4Source) else (".weight",)
             tensors |= {key: tensor for key, tensor in changed.items() if key.endswith(ends)}
         return tensors
@@ -157,14 +168,11 @@ class ComfySVDQuant(_FourBit):
     """comfy-kitchen's svdquant_w4a4 and awq_w4a16, see loaders/kitchen.py; what has no such form is in 16 bits."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        layer = self._baked.layer(name)
+        layer = self._layer(name)
         leaves = None if isinstance(layer, PlainLayer) else kitchen_layer(layer)
         if leaves is None:
-            dense = not isinstance(layer, PlainLayer)
-            if dense and name not in self.dense:
-                self.dense.append(name)
-            weight, bias = effective(layer, self._baked.checkpoint.dtype) if dense else (layer.weight, layer.bias)
-            leaves = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+            layer = layer if isinstance(layer, PlainLayer) else self._in_16_bits(name, layer)
+            leaves = {"weight": layer.weight} if layer.bias is None else {"weight": layer.weight, "bias": layer.bias}
         return {f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()}
 
     def metadata(self) -> dict[str, str]:

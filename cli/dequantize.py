@@ -92,7 +92,7 @@ def effective(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     import torch
 
     from ..kernels import reference
-    from ..loaders.weights import PlainLayer, W4A4Linear
+    from ..loaders.weights import Int8Linear, PlainLayer, W4A4Linear
 
     if isinstance(layer, PlainLayer):
         return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
@@ -101,6 +101,8 @@ def effective(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     if isinstance(layer, W4A4Linear):
         weight, shift_term = reference.dequantize_parts(layer.parts, layer.axis, first)
         bias = bias.float() if shift_term is None else bias.float() + shift_term
+    elif isinstance(layer, Int8Linear):
+        weight = reference.dequantize_w8a8(layer.weight, first)
     else:
         weight = reference.dequantize_packed_awq(layer.weight, first)
     if layer.lora is not None:

@@ -17,6 +17,7 @@ _KINDS = {
     "w4a4": "4-bit layers",
     "low_rank": "low-rank branches",
     "modulation": "modulation layers",
+    "int8": "INT8 layers",
     "plain": "16-bit layers",
 }
 
@@ -98,14 +99,14 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 def _sources(checkpoint: Checkpoint) -> dict[str, Source]:
     from ..loaders import flux_names
 
-    config, plain = checkpoint.config, checkpoint.plain_linears
-    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
+    config, plain, int8 = checkpoint.config, checkpoint.plain_linears, checkpoint.int8_linears
+    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
 
 
 def _kind(source: Source) -> str:
-    from ..loaders.flux_names import AWQSource, W4A4Source
+    from ..loaders.flux_names import AWQSource, Int8Source, W4A4Source
 
-    return {W4A4Source: "w4a4", AWQSource: "modulation"}.get(type(source), "plain")
+    return {W4A4Source: "w4a4", AWQSource: "modulation", Int8Source: "int8"}.get(type(source), "plain")
 
 
 def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
@@ -123,7 +124,7 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
         low_rank, prefix = flux_names.LOW_RANK_LEAVES, ""
         stored = ((getattr(source, "parts", None) or (source.name,), source) for source in sources.values())
         kinds = {name: _kind(source) for names, source in stored for name in names}
-    sizes = dict.fromkeys(_KINDS, 0)
+    sizes = {kind: 0 for kind in _KINDS if kind != "int8" or kind in kinds.values()}
     for header in headers:
         for key, info in header.tensors.items():
             layer, _, leaf = flux_names.canonical_key(key.removeprefix(prefix)).rpartition(".")
@@ -228,7 +229,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", ", ".join(f"{facts['layers'][kind]} {_KINDS[kind]}" for kind in _KINDS if kind in facts["layers"])),
         ("size", _megabytes(facts["file_bytes"])),
     ]
-    rows += [(f"  {name}", _megabytes(sizes[kind])) for kind, name in _KINDS.items()]
+    rows += [(f"  {name}", _megabytes(sizes[kind])) for kind, name in _KINDS.items() if kind in sizes]
     rows.append(("  all in 16 bit", _megabytes(sizes["all_in_16_bit"])))
     rows += [("metadata", f"{key}: {value}") for key, value in facts["metadata"].items()]
     rows += [("note", note) for note in facts["notes"]]

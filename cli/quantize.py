@@ -54,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-16bit", action="append", default=[], metavar="PATTERN",
         help="do not quantize these linears, by ComfyUI's names: double_blocks.0.* or *.txt_mlp.2; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--keep-int8", action="append", default=[], metavar="PATTERN",
+        help="quantize these linears to eight bits instead of four, with 8-bit activations; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of scales and 16-bit layers; default: bf16")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default): a GPU if there is one")
     parser.add_argument(
@@ -114,7 +118,7 @@ def _without_calibration(args: argparse.Namespace, status: StatusLine) -> dict[s
 
     result = quantize(
         args.file, args.out, args.rank, args.dtype, args.device, args.iterations, args.seed, args.force, progress,
-        args.target_error or 0.0, tuple(args.keep_16bit),
+        args.target_error or 0.0, tuple(args.keep_16bit), tuple(args.keep_int8),
     )  # fmt: skip
     status.clear()
     if result.resumed:
@@ -151,6 +155,7 @@ def quantize(
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     target_error: float = 0.0,
     keep_16bit: tuple[str, ...] = (),
+    keep_int8: tuple[str, ...] = (),
 ) -> Result:
     """Quantize the 16-bit model ``path`` to ``out`` from its weights alone; the arguments are the command's options.
 
@@ -167,6 +172,8 @@ def quantize(
         raise problem(str(out), "device", "no CUDA GPU", "one that torch sees", "Use --device cpu, or see: doctor")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = open_dense(path)
-    settings = job.Settings(rank, dtype, iterations, seed, target_error=target_error, keep_16bit=keep_16bit)
+    settings = job.Settings(
+        rank, dtype, iterations, seed, target_error=target_error, keep_16bit=keep_16bit, keep_int8=keep_int8
+    )
     metadata = job.file_metadata(os.path.basename(os.path.abspath(path)), model.config, rank)
     return job.quantize(model, out, settings, metadata, device, force, progress)

@@ -67,7 +67,7 @@ def job_of(args: argparse.Namespace) -> Job:
         "filename": out.stem, "folder": "output", "rank": args.rank, "gptq": args.gptq, "width": args.size[0],
         "height": args.size[1], "steps": args.steps, "calibration_seed": args.seed, "overwrite": args.force,
         "iterations": args.iterations, "dtype": args.dtype, "target_error": args.target_error or 0.0,
-        "keep_16bit": " ".join(args.keep_16bit),
+        "keep_16bit": " ".join(args.keep_16bit), "keep_int8": " ".join(args.keep_int8),
     }  # fmt: skip
     cpu = {"auto": None, "cpu": True, "cuda": False}[args.device]
     conditioning = Path(args.conditioning).absolute() if args.conditioning else None

@@ -25,6 +25,9 @@ Activation codes, per token and group of 64 columns, T = the 16-bit compute type
 Weight codes -8..7 (two's complement nibbles), group 64 along K. Modulation layers are AWQ W4A16 instead:
 ``w = code * wscale + wzero`` with codes 0..15 and 16-bit activations.
 
+A layer that a person excepts from four bits may be W8A8: ``W_eff[n, k] = q[n, k] * wscales[n] / smooth_factor[k]`` with
+q -127..127, signed activation codes -127..127 with one scale per token (reference.quantize_act_int8), no branch.
+
 Byte order: ``layout.py``. Packed classes hold the bytes as the file has them; ``unpack()`` gives natural order.
 """
 
@@ -193,3 +196,25 @@ class PackedAWQ:
             wscales=layout.deinterleave_rows(self.wscales[:groups].t(), self.splits),
             wzeros=layout.deinterleave_rows(self.wzeros[:groups].t(), self.splits),
         )
+
+
+@dataclass(frozen=True)
+class W8A8:
+    """One INT8 weight of a layer that is not in four bits, as the file stores it.
+
+    q: int8 [N, K] · wscales: float32 [N], both in natural order and BFL's row order · smooth_factor: T [K], file order.
+    """
+
+    q: Tensor
+    wscales: Tensor
+    smooth_factor: Tensor
+
+    act_unsigned = False  # ever
+
+    @property
+    def n(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.q.shape[1]

@@ -22,12 +22,13 @@ from .gemm_int4 import gemm_w4a4
 from .gemm_int8 import gemm_w8a8
 from .gemm_quantize import gemm_gelu_quantize
 from .gemv import MAX_ROWS, gemv_w4a16
-from .int4 import MAX_RANK, PackedAWQ, PackedW4A4
+from .int4 import MAX_RANK, W8A8, PackedAWQ, PackedW4A4
 from .kept_int8 import factor_bytes, factors_of, keep, kept_bytes, weight_of
 from .layout import concat_lowrank
 from .lora_rows import add_lora
 from .quantize import Modulation, quantize_act
 from .quantize_int8 import quantize_act_int8
+from .weights_int8 import W8
 
 
 class Layers(ABC):
@@ -124,6 +125,16 @@ class Layers(ABC):
         if not 1 <= x.shape[0] <= MAX_ROWS or x.dtype != weight.wscales.dtype:
             return None
         y = gemv_w4a16(x, weight, bias)
+        return y if lora is None else add_lora(y, x, *lora)
+
+    def linear_w8a8(
+        self, x: Tensor, weight: W8A8, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """A linear in INT8 on x T [M, K], as :func:`kernels.reference.linear_w8a8`, whatever the other layers are in:
+        every GPU that has INT4 tensor cores has those for INT8."""
+        codes, scales, lora_act = quantize_act_int8(x, weight, x.new_empty(0, weight.k))
+        signed = W8(weight.q, weight.wscales, weight.wscales.view(torch.int32))  # sums are for unsigned codes
+        y = gemm_w8a8(codes, scales, lora_act, signed, x.new_empty(weight.n, 0), bias)
         return y if lora is None else add_lora(y, x, *lora)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .int4 import AWQ, GROUP, SHIFT, SIGNED_MAX, UNSIGNED_MAX, W4A4, PackedAWQ, PackedW4A4
+from . import layout
+from .int4 import AWQ, GROUP, SHIFT, SIGNED_MAX, UNSIGNED_MAX, W4A4, W8A8, PackedAWQ, PackedW4A4
 
 # Rows that are unpacked at a time: bounds the float32 temporaries of a dequantization to about 256 MB.
 _ROW_ELEMENTS = 16 * 1024 * 1024
@@ -243,6 +244,33 @@ def gemm_w8a8(
     if bias is not None:
         y = y + bias.double()
     return _round(y, out_dtype or dtype)
+
+
+def linear_w8a8(
+    x: Tensor,
+    weight: W8A8,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A whole W8A8 layer on x T [M, K]: :func:`quantize_act_int8`, then :func:`gemm_w8a8`, without a branch.
+
+    lora: (down T [R, K], up T [N, R]), whose product with x is added. Returns [M, N] in ``out_dtype`` (default T).
+    """
+    down, up = (x.new_empty(0, weight.k), x.new_empty(weight.n, 0)) if lora is None else lora
+    codes, scales, lora_act = quantize_act_int8(x, layout.unpack_vector(weight.smooth_factor), down)
+    return gemm_w8a8(codes, scales, lora_act, weight.q, weight.wscales, up, bias, out_dtype)
+
+
+def dequantize_w8a8(weight: W8A8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight [N, K] that an INT8 weight stands for, in ``dtype``, rounded once."""
+    smooth = layout.unpack_vector(weight.smooth_factor).float()
+    dense = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.q.device)
+    step = max(1, _ROW_ELEMENTS // weight.k)
+    for start in range(0, weight.n, step):
+        rows = slice(start, start + step)
+        dense[rows] = weight.q[rows].float().mul_(weight.wscales[rows, None]).div_(smooth)
+    return dense
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:

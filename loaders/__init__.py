@@ -9,13 +9,14 @@ from .legacy import open_legacy_folder
 from .nunchaku import build_checkpoint
 from .safetensors_file import Reader, mapped_reader, problem, read_header
 from .saved import build_saved, saved_prefix
-from .weights import AWQLinear, Checkpoint, CheckpointError, FluxConfig, PlainLayer, W4A4Linear
+from .weights import AWQLinear, Checkpoint, CheckpointError, FluxConfig, Int8Linear, PlainLayer, W4A4Linear
 
 __all__ = [
     "AWQLinear",
     "Checkpoint",
     "CheckpointError",
     "FluxConfig",
+    "Int8Linear",
     "PlainLayer",
     "W4A4Linear",
     "open_checkpoint",

@@ -38,7 +38,16 @@ class PlainSource:
     swap_halves: bool = False
 
 
-Source = W4A4Source | AWQSource | PlainSource
+@dataclass(frozen=True)
+class Int8Source:
+    """Stored INT8 layer, under its stock name: a linear that is in four bits in other files."""
+
+    name: str
+
+
+Source = W4A4Source | AWQSource | PlainSource | Int8Source
+
+INT8_LEAVES = ("weight", "weight_scale", "weight_smooth", "bias")
 
 LOW_RANK_LEAVES = ("lora_down", "lora_up")
 
@@ -125,13 +134,18 @@ def outer_layers(guidance: bool) -> dict[str, Source]:
 
 
 def all_layers(
-    depth: int, depth_single_blocks: int, guidance: bool, plain_linears: Collection[str] = ()
+    depth: int,
+    depth_single_blocks: int,
+    guidance: bool,
+    plain_linears: Collection[str] = (),
+    int8_linears: Collection[str] = (),
 ) -> dict[str, Source]:
-    """Stock module name -> stored layer(s), for a whole model, in model order. plain_linears: stock names of those that
-    are in 16 bits, of the linears in blocks."""
+    """Stock module name -> stored layer(s), for a whole model, in model order. plain_linears, int8_linears: stock names
+    of those that are in 16 bits and in INT8, of the linears in blocks."""
     sources = outer_layers(guidance)
     for index in range(depth):
         sources |= double_block(index)
     for index in range(depth_single_blocks):
         sources |= single_block(index)
-    return sources | {name: PlainSource(name, has_bias=True) for name in sources if name in plain_linears}
+    sources |= {name: PlainSource(name, has_bias=True) for name in sources if name in plain_linears}
+    return sources | {name: Int8Source(name) for name in sources if name in int8_linears}

@@ -12,6 +12,7 @@ format pages of Comfy-Org/comfy-quants. What does not fit:
   is no such form), low-rank branches stand side by side, and ``ranks`` in the JSON says which is whose.
 * Activation codes are signed or unsigned for a whole layer, so the fc2 part of ``linear2`` becomes signed: its
   activations are rounded twice as coarsely, and its bias is that of the ordinary layer.
+* INT8 layers there have no smoothing factors.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .tensor_set import (
     read_config,
     variant,
 )
-from .weights import AWQLinear, Checkpoint, FluxConfig, Layer, PlainLayer, W4A4Linear
+from .weights import AWQLinear, Checkpoint, FluxConfig, Int8Linear, Layer, PlainLayer, W4A4Linear
 
 SVDQUANT = "svdquant_w4a4"
 AWQ_W4A16 = "awq_w4a16"
@@ -57,8 +58,10 @@ _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 # ---- writing
 
 
-def kitchen_layer(layer: W4A4Linear | AWQLinear) -> dict[str, Tensor] | None:
+def kitchen_layer(layer: W4A4Linear | AWQLinear | Int8Linear) -> dict[str, Tensor] | None:
     """Leaf -> tensor of one layer, ``layer.lora`` left out; None if it has no such form."""
+    if isinstance(layer, Int8Linear):
+        return None  # comfy-kitchen's INT8 layouts have no smoothing
     if isinstance(layer, AWQLinear):
         weight = layer.weight.unpack()
         zeros = (weight.wzeros.float() + _CENTRE * weight.wscales.float()).to(weight.wzeros.dtype)

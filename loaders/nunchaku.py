@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import layout
-from ..kernels.int4 import GROUP, PackedAWQ, PackedW4A4
+from ..kernels.int4 import GROUP, W8A8, PackedAWQ, PackedW4A4
 from . import flux_names
-from .flux_names import AWQSource, PlainSource, Source, W4A4Source
+from .flux_names import AWQSource, Int8Source, PlainSource, Source, W4A4Source
 from .recognise import refuse_other_files
 from .safetensors_file import Header, Reader, TensorInfo, problem
 from .tensor_set import (
@@ -26,14 +26,17 @@ from .tensor_set import (
     check_awq_groups,
     check_rank,
     check_table,
+    int8_linears,
+    int8_table,
     linear_shapes,
     part_shape,
     plain_linears,
     plain_shapes,
     read_config,
+    read_int8,
     variant,
 )
-from .weights import AWQLinear, Checkpoint, FluxConfig, Layer, PlainLayer, W4A4Linear
+from .weights import AWQLinear, Checkpoint, FluxConfig, Int8Linear, Layer, PlainLayer, W4A4Linear
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -45,8 +48,8 @@ def build_checkpoint(
     tensors = _merge(path, headers)
     refuse_other_files(path, {tensors.key(name): info for name, info in tensors.infos.items()})
     config = read_config(tensors, _canonical_name)
-    plain = plain_linears(tensors, config)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
+    plain, int8 = plain_linears(tensors, config), int8_linears(tensors, config)
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
     ranks = _check_tensors(tensors, config, layers)
     notes = _check_metadata(path, metadata, config)
     scales = tensors.infos[next(name for name in tensors.infos if name.endswith(".wscales"))]
@@ -74,6 +77,7 @@ def build_checkpoint(
         file_bytes=sum(header.file_bytes for header in headers),
         layer_names=tuple(layers),
         plain_linears=plain,
+        int8_linears=int8,
         read_layer=lambda name: _read_layer(layers[name], get, present),
     )
 
@@ -106,7 +110,7 @@ def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
     """Every tensor that a checkpoint of this size may have; None stands for ranks and padded rows."""
     hidden = config.hidden_size
     plain = {_canonical_name(module): shape for module, shape in plain_shapes(config).items()} | linear_shapes(config)
-    expected: TensorTable = {}
+    expected = int8_table(config, layers)
     for source in layers.values():
         if isinstance(source, W4A4Source):
             for name in source.parts:
@@ -128,7 +132,7 @@ def tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
                 f"{source.name}.wzeros": (HALF, (None, n)),
                 f"{source.name}.bias": (HALF, (n,)),
             }
-        else:
+        elif isinstance(source, PlainSource):
             shape = plain.get(source.name, (128,))
             expected[f"{source.name}.weight"] = (PLAIN, shape)
             if source.has_bias:
@@ -203,6 +207,8 @@ def _read_layer(source: Source, get: Callable[[str], Tensor], present: frozenset
         return _read_awq(source, get)
     if isinstance(source, PlainSource):
         return _read_plain(source, get)
+    if isinstance(source, Int8Source):
+        return read_int8(source.name, get)
     parts = tuple(
         _read_w4a4(name, unsigned, get, present) for name, unsigned in zip(source.parts, source.unsigned, strict=True)
     )
@@ -270,6 +276,9 @@ def stored_layer(source: Source, layer: Layer, dtype: torch.dtype) -> dict[str, 
     """
     if isinstance(layer, AWQLinear):
         return {f"{source.name}.{leaf}": tensor for leaf, tensor in awq_leaves(layer.weight, layer.bias, dtype).items()}
+    if isinstance(layer, Int8Linear):
+        leaves = int8_leaves(layer.weight, layer.bias.to(dtype))
+        return {f"{source.name}.{leaf}": tensor for leaf, tensor in leaves.items()}
     if isinstance(layer, PlainLayer):
         leaves = {"weight": layer.weight} if layer.bias is None else {"weight": layer.weight, "bias": layer.bias}
         return {f"{source.name}.{leaf}": swapped_halves(tensor) if source.swap_halves else tensor
@@ -295,6 +304,12 @@ def w4a4_leaves(packed: PackedW4A4, bias: Tensor) -> dict[str, Tensor]:
         "bias": layout.pack_vector(bias),
     }
     return leaves | ({"lora_down": packed.proj_down, "lora_up": packed.proj_up} if packed.rank else {})
+
+
+def int8_leaves(weight: W8A8, bias: Tensor) -> dict[str, Tensor]:
+    """Leaf -> tensor of a stored INT8 layer; bias: T [N]."""
+    tensors = (weight.q, weight.wscales, weight.smooth_factor, bias)
+    return dict(zip(flux_names.INT8_LEAVES, tensors, strict=True))
 
 
 def awq_leaves(packed: PackedAWQ, bias: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

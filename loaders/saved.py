@@ -1,9 +1,9 @@
 """What ComfyUI's ModelSave and CheckpointSave write for a model of this pack, read back bit by bit.
 
 Stock module names behind ``model.diffusion_model.``. A quantized layer has the inner tensors of its weight under keys
-of their own (model/layout_svdq.py), and in ``comfy_quant`` what is no tensor, as JSON. Bytes are in file order; biases
-and 16-bit layers as in the stock model. ``lora_down`` and ``lora_up`` hold what model/saving.py could not put into the
-branch of a layer. Metadata is what the save node likes to write; nothing in it is needed.
+of their own (model/layout_svdq.py), and in ``comfy_quant`` what is no tensor, as JSON. Bytes are in file order;
+biases, 16-bit layers and INT8 codes as in the stock model. ``lora_down`` and ``lora_up`` hold what model/saving.py
+could not put into the branch of a layer. Metadata is what the save node likes to write; nothing in it is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.int4 import GROUP, PackedAWQ, PackedW4A4
 from . import flux_names
-from .flux_names import AWQSource, PlainSource, Source, W4A4Source
+from .flux_names import AWQSource, Int8Source, PlainSource, Source, W4A4Source
 from .safetensors_file import Header, Reader, problem, read_bytes
 from .tensor_set import (
     HALF,
@@ -27,18 +27,22 @@ from .tensor_set import (
     check_awq_groups,
     check_rank,
     check_table,
-    layer_shape,
+    int8_linears,
+    int8_table,
+    linear_shapes,
     part_shape,
     plain_linears,
     plain_table,
     read_config,
+    read_int8,
     variant,
 )
 from .weights import AWQLinear, Checkpoint, FluxConfig, Layer, LowRank, PlainLayer, W4A4Linear
 
-# Names of the two kinds of weights in ``comfy_quant``.
+# Names of the three kinds of weights in ``comfy_quant``.
 SVDQ_INT4 = "svdq_int4"
 SVDQ_AWQ = "svdq_awq"
+SVDQ_INT8 = "svdq_int8"
 LORA_LEAVES = ("lora_down", "lora_up")
 LOW_RANK_LEAVES = (*LORA_LEAVES, "weight_down", "weight_up", "weight_head_down", "weight_head_up")
 
@@ -57,7 +61,8 @@ def prefix_before(header: Header, telling: tuple[str, ...]) -> str | None:
     """What stands before the blocks' stock names, by a layer of theirs that has one of the leaves ``telling``."""
     for key in header.tensors:
         layer, _, leaf = key.rpartition(".")
-        if leaf in telling:
+        # A file of nunchaku.py may have INT8 layers under their stock names, without such a description.
+        if leaf in telling and f"{layer}.comfy_quant" in header.tensors:
             for blocks in ("double_blocks.", "single_blocks."):
                 prefix, found, rest = layer.partition(blocks)
                 if found and rest.partition(".")[0].isdecimal():
@@ -78,8 +83,8 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
         prefix=prefix,
     )
     config = read_config(tensors, lambda name: name)
-    plain = plain_linears(tensors, config)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
+    plain, int8 = plain_linears(tensors, config), int8_linears(tensors, config, ("comfy_quant", *LORA_LEAVES))
+    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: name.endswith(LORA_LEAVES), _SAVE_AGAIN)
     ranks = _check_layers(tensors, header, config, layers)
     others = len(header.tensors) - len(keys)
@@ -99,13 +104,14 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
         variant=variant(header.path, {}, config),
         precision="int4",
         ranks=ranks,
-        dtype=_TORCH[next(info.dtype for name, info in tensors.infos.items() if name.endswith(".weight_scale"))],
+        dtype=_TORCH[next(info.dtype for name, info in tensors.infos.items() if name.endswith(_TELLING))],
         config=config,
         metadata=header.metadata,
         notes=(note,) if others else (),
         file_bytes=header.file_bytes,
         layer_names=tuple(layers),
         plain_linears=plain,
+        int8_linears=int8,
         read_layer=lambda name: _read_layer(name, layers[name], get, present),
     )
 
@@ -120,11 +126,12 @@ def _inner(source: W4A4Source) -> tuple[tuple[str, str], ...]:
 
 
 def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
-    hidden, expected = config.hidden_size, plain_table(config, layers)
+    hidden, expected = config.hidden_size, plain_table(config, layers) | int8_table(config, layers)
+    shapes = linear_shapes(config)
     for name, source in layers.items():
         if isinstance(source, PlainSource):
             continue
-        rows, columns = layer_shape(source, config)
+        rows, columns = shapes[name]
         expected |= {
             f"{name}.bias": (PLAIN, (rows,)),
             f"{name}.comfy_quant": (("U8",), (None,)),
@@ -137,6 +144,8 @@ def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
                 f"{name}.weight_scale": (HALF, (None, rows)),
                 f"{name}.weight_zeros": (HALF, (None, rows)),
             }
+            continue
+        if isinstance(source, Int8Source):
             continue
         for part, (codes, start) in zip(source.parts, _inner(source), strict=True):
             n, k = part_shape(part, config)
@@ -152,6 +161,7 @@ def _tensor_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
 
 def _check_layers(tensors: TensorSet, header: Header, config: FluxConfig, layers: dict[str, Source]) -> dict[int, int]:
     """What the table leaves open. Returns rank -> number of W4A4 weights with it."""
+    shapes = linear_shapes(config)
     ranks: dict[int, int] = {}
     descriptions: dict[str, dict[str, Any]] = {}
     for name, source in layers.items():
@@ -161,12 +171,14 @@ def _check_layers(tensors: TensorSet, header: Header, config: FluxConfig, layers
         if isinstance(source, AWQSource):
             check_awq_groups(tensors, config, (f"{name}.weight_scale", f"{name}.weight_zeros"))
             kind = {"format": SVDQ_AWQ, "splits": source.splits}
+        elif isinstance(source, Int8Source):
+            kind = {"format": SVDQ_INT8}
         else:
             for _, start in _inner(source):
                 rank = check_rank(tensors, f"{name}.{start}down", f"{name}.{start}up")
                 ranks[rank] = ranks.get(rank, 0) + 1
             kind = {"format": SVDQ_INT4, "axis": source.axis, "unsigned": source.unsigned[-1]}
-        descriptions[f"{name}.comfy_quant"] = kind | {"shape": list(layer_shape(source, config))}
+        descriptions[f"{name}.comfy_quant"] = kind | {"shape": list(shapes[name])}
     _check_descriptions(tensors, header, descriptions)
     return dict(sorted(ranks.items()))
 
@@ -206,7 +218,10 @@ def _check_descriptions(tensors: TensorSet, header: Header, expected: dict[str, 
 def _read_layer(name: str, source: Source, get: Callable[[str], Tensor], present: frozenset[str]) -> Layer:
     if isinstance(source, PlainSource):
         return PlainLayer(get(f"{name}.weight"), get(f"{name}.bias") if source.has_bias else None)
-    bias, lora = get(f"{name}.bias"), _read_lora(name, get, present)
+    lora = _read_lora(name, get, present)
+    if isinstance(source, Int8Source):
+        return read_int8(name, get, lora)
+    bias = get(f"{name}.bias")
     if isinstance(source, AWQSource):
         weight = PackedAWQ(
             get(f"{name}.weight"), get(f"{name}.weight_scale"), get(f"{name}.weight_zeros"), source.splits

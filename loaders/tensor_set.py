@@ -5,15 +5,17 @@ Every size is derived from tensor shapes; metadata is a hint that may be missing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..kernels import layout
-from ..kernels.int4 import GROUP, RANK_MULTIPLE
+from ..kernels.int4 import GROUP, RANK_MULTIPLE, W8A8
 from . import flux_names
-from .flux_names import AWQSource, PlainSource, Source, W4A4Source
+from .flux_names import INT8_LEAVES, AWQSource, Int8Source, PlainSource, Source, W4A4Source
 from .safetensors_file import TensorInfo, problem
-from .weights import FluxConfig
+from .weights import FluxConfig, Int8Linear, LowRank
 
 HALF = ("BF16", "F16")
 PLAIN = ("BF16", "F16", "F32")
@@ -149,16 +151,55 @@ def layer_shape(source: W4A4Source | AWQSource, config: FluxConfig) -> tuple[int
 
 def plain_linears(tensors: TensorSet, config: FluxConfig) -> tuple[str, ...]:
     """Stock names of the linears that these tensors have in 16 bits, of those that are quantized in other files."""
+
+    def in_16_bits(layer: str, found: set[str]) -> bool:
+        return "weight" in found <= {"weight", "bias"} and tensors.infos[f"{layer}.weight"].dtype in PLAIN
+
+    return tuple(name for name, found in _leaves_of_linears(tensors, config) if in_16_bits(name, found))
+
+
+def int8_linears(tensors: TensorSet, config: FluxConfig, beside: Collection[str] = ()) -> tuple[str, ...]:
+    """Stock names of the linears that these tensors have in INT8. beside: leaves that such a layer may have besides."""
+    known = {*INT8_LEAVES, *beside}
+
+    def in_int8(layer: str, found: set[str]) -> bool:
+        if "weight" not in found or not found <= known:
+            return False
+        # What is missing or has another type is named by the table; packed modulation layers are I32.
+        dtype = tensors.infos[f"{layer}.weight"].dtype
+        return dtype == "I8" or (dtype != "I32" and bool(found & {"weight_scale", "weight_smooth"}))
+
+    return tuple(name for name, found in _leaves_of_linears(tensors, config) if in_int8(name, found))
+
+
+def _leaves_of_linears(tensors: TensorSet, config: FluxConfig) -> list[tuple[str, set[str]]]:
     leaves: dict[str, set[str]] = {}
     for name in tensors.infos:
         layer, _, leaf = name.rpartition(".")
         leaves.setdefault(layer, set()).add(leaf)
+    return [(name, leaves.get(name, set())) for name in linear_shapes(config)]
 
-    def in_16_bits(layer: str) -> bool:
-        found = leaves.get(layer, set())
-        return "weight" in found <= {"weight", "bias"} and tensors.infos[f"{layer}.weight"].dtype in PLAIN
 
-    return tuple(name for name in linear_shapes(config) if in_16_bits(name))
+def int8_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
+    """The tensors of all INT8 layers, under stock names."""
+    shapes = linear_shapes(config)
+    expected: TensorTable = {}
+    for name, source in layers.items():
+        if isinstance(source, Int8Source):
+            n, k = shapes[name]
+            expected |= {
+                f"{name}.weight": (("I8",), (n, k)),
+                f"{name}.weight_scale": (("F32",), (n,)),
+                f"{name}.weight_smooth": (HALF, (k,)),
+                f"{name}.bias": (PLAIN, (n,)),
+            }
+    return expected
+
+
+def read_int8(name: str, get: Callable[[str], Tensor], lora: LowRank | None = None) -> Int8Linear:
+    """An INT8 layer by its stock name."""
+    weight = W8A8(get(f"{name}.weight"), get(f"{name}.weight_scale"), get(f"{name}.weight_smooth"))
+    return Int8Linear(weight, get(f"{name}.bias"), lora)
 
 
 def part_shape(part: str, config: FluxConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.int4 import PackedAWQ, PackedW4A4
+from ..kernels.int4 import W8A8, PackedAWQ, PackedW4A4
 
 
 class CheckpointError(ValueError):
@@ -90,6 +90,19 @@ class AWQLinear:
 
 
 @dataclass(frozen=True)
+class Int8Linear:
+    """A linear in INT8 that other files have in four bits: weight and bias [N] in BFL's row order."""
+
+    weight: W8A8
+    bias: Tensor
+    lora: LowRank | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.n, self.weight.k
+
+
+@dataclass(frozen=True)
 class PlainLayer:
     """A layer that is not quantized: ``weight`` of any shape, ``bias`` or None (norms)."""
 
@@ -101,7 +114,7 @@ class PlainLayer:
         return tuple(self.weight.shape)
 
 
-Layer = W4A4Linear | AWQLinear | PlainLayer
+Layer = W4A4Linear | AWQLinear | Int8Linear | PlainLayer
 
 
 def on_device(layer: Any, device: torch.device | str) -> Any:
@@ -124,7 +137,8 @@ class Checkpoint:
     "comfyui" or "comfy-kitchen" · variant: "dev", "schnell", "fill", ... · precision: "int4" · ranks: rank of the
     low-rank branch -> number of packed weights that have it · dtype: of scales and low-rank factors · metadata: the
     header's strings · notes: what a user should know and nothing breaks on · file_bytes: total size · layer_names:
-    stock module names in model order · plain_linears: those in 16 bits, of linears that other files quantize.
+    stock module names in model order · plain_linears, int8_linears: those in 16 bits and in INT8, of linears that other
+    files have in four bits.
 
     ``layer(name)`` reads one layer: tensors are views of the mapped file wherever the stock layout allows it.
     """
@@ -143,6 +157,7 @@ class Checkpoint:
     layer_names: tuple[str, ...]
     read_layer: Callable[[str], Layer] = field(repr=False)
     plain_linears: tuple[str, ...] = ()
+    int8_linears: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:

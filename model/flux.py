@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import Backend
-from ..kernels.int4 import PackedAWQ, PackedW4A4
+from ..kernels.int4 import W8A8, PackedAWQ, PackedW4A4
 from . import graph_memory
 from .graphs import Attend, BlockGraphs
 from .held import Held
 from .kept_weights import KeptWeights
-from .layout_svdq import SVDQAwqLayout, packed_awq
+from .layout_svdq import SVDQInt4Layout, SVDQInt8Layout, compute_type, int8_weight, packed_awq
 from .ops import QuantizedLinear, is_quantized
 from .slots import resident, unpin
 
@@ -125,20 +125,24 @@ class _Weights:
                 self.norms[name] = weight.clone()
                 comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
         self._layers = block.layers
-        self._modulations = [_hold_awq(linear, x, pins) for linear in block._parts.modulations]
+        self._modulations = [_hold_modulation(linear, x, pins) for linear in block._parts.modulations]
         self.modulates = bool(self._modulations) and None not in self._modulations
         if self.modulates:
             for weight, bias, factors in self._modulations:
-                tensors, rank = (weight.qweight, bias, *(factors or ())), len(factors[0]) if factors else 0
+                codes = weight.q if isinstance(weight, W8A8) else weight.qweight
+                tensors, rank = (codes, bias, *(factors or ())), len(factors[0]) if factors else 0
                 places.append((rank, *(0 if t is None else t.data_ptr() for t in tensors)))
-            self.ranks += tuple(factors is not None for _, _, factors in self._modulations)
+            self.ranks += tuple((type(weight), factors is not None) for weight, _, factors in self._modulations)
         # What a CUDA graph of the block has recorded of its weights, if all of them are resident.
         self.places = tuple(places)
 
     def modulate(self, vec: Tensor) -> tuple[Tensor, ...]:
         """What the block's modulation layers make of vec T [B, hidden], if ``modulates``."""
         vec = nn.functional.silu(vec)
-        return tuple(self._layers.linear_awq(vec, *held) for held in self._modulations)
+        return tuple(
+            (self._layers.linear_w8a8 if isinstance(held[0], W8A8) else self._layers.linear_awq)(vec, *held)
+            for held in self._modulations
+        )
 
     @contextlib.contextmanager
     def use(self, name: str, copied: bool = False) -> Iterator[tuple[tuple[PackedW4A4, ...], Tensor | None]]:
@@ -158,17 +162,17 @@ class _Weights:
         yield parts, bias
 
 
-def _hold_awq(
+def _hold_modulation(
     linear: QuantizedLinear, x: Tensor, pins: list[Any]
-) -> tuple[PackedAWQ, Tensor | None, tuple[Tensor, Tensor] | None] | None:
+) -> tuple[PackedAWQ | W8A8, Tensor | None, tuple[Tensor, Tensor] | None] | None:
     """Weight, bias and LoRA factors of a modulation layer for kernels with activations like x, if they stay on x's
     device (see :func:`slots.resident`), and nobody changes them otherwise, watches or takes the place of ``forward``.
     """
     weight = linear.weight
     if (
         not is_quantized(weight)
-        or weight._layout_cls != SVDQAwqLayout.__name__
-        or weight._params.scale.dtype != x.dtype
+        or weight._layout_cls == SVDQInt4Layout.__name__
+        or compute_type(weight) != x.dtype
         or not linear.has_plain_patches()
         or linear._forward_hooks
         or linear._forward_pre_hooks
@@ -176,7 +180,10 @@ def _hold_awq(
     ):
         return None
     there = resident(linear, x.device, pins)
-    return None if there is None else (packed_awq(there[0]._qdata, there[0]._params), there[1], linear.factors(x))
+    if there is None:
+        return None
+    view = int8_weight if weight._layout_cls == SVDQInt8Layout.__name__ else packed_awq
+    return view(there[0]._qdata, there[0]._params), there[1], linear.factors(x)
 
 
 def _is_replaced(module: nn.Module) -> bool:

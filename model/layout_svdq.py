@@ -1,4 +1,4 @@
-"""Two layouts for ``QuantizedTensor``: an SVDQuant linear and an AWQ modulation linear as ONE weight each.
+"""Layouts for ``QuantizedTensor``: an SVDQuant linear, an AWQ modulation linear or an INT8 linear as ONE weight each.
 
 ComfyUI pages, offloads, sizes and patches what it finds as ``weight`` and ``bias``, so everything a quantized linear
 consists of is an inner tensor of one ``QuantizedTensor``. Inner tensors keep the file's byte order (kernels/layout.py):
@@ -17,9 +17,9 @@ from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, Quantiz
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.int4 import PackedAWQ, PackedW4A4
-from ..loaders.saved import SVDQ_AWQ, SVDQ_INT4
-from ..loaders.weights import AWQLinear, W4A4Linear
+from ..kernels.int4 import W8A8, PackedAWQ, PackedW4A4
+from ..loaders.saved import SVDQ_AWQ, SVDQ_INT4, SVDQ_INT8
+from ..loaders.weights import AWQLinear, Int8Linear, W4A4Linear
 
 _NO_QUANTIZE = "SVDQuant weights cannot be requantized from a dense tensor on the fly: quantize the model anew"
 
@@ -72,8 +72,15 @@ class AWQParams(_SharedParams):
     splits: int = 1
 
 
+@dataclass(frozen=True)
+class Int8Params(_SharedParams):
+    """scale, smooth: wscales and smooth_factor of kernels.int4.W8A8."""
+
+    smooth: Tensor = None
+
+
 class _Layout(QuantizedLayout):
-    """What both layouts have in common; ``format`` names them in a saved file's ``comfy_quant``."""
+    """What the layouts have in common; ``format`` names them in a saved file's ``comfy_quant``."""
 
     format: str
 
@@ -126,14 +133,29 @@ class SVDQAwqLayout(_Layout):
         return {"format": cls.format, "splits": params.splits, "shape": list(params.orig_shape)}
 
 
+class SVDQInt8Layout(_Layout):
+    """INT8 codes with a scale per output channel and smoothing: a linear that is not in four bits."""
+
+    Params = Int8Params
+    format = SVDQ_INT8
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Int8Params) -> Tensor:
+        return reference.dequantize_w8a8(int8_weight(qdata, params), params.orig_dtype)
+
+    @classmethod
+    def describe(cls, params: Int8Params) -> dict[str, Any]:
+        return {"format": cls.format, "shape": list(params.orig_shape)}
+
+
 # Registration is by name and process-wide. A second copy of this pack replaces the first one's class by an equal one.
-for _layout in (SVDQInt4Layout, SVDQAwqLayout):
+for _layout in (SVDQInt4Layout, SVDQAwqLayout, SVDQInt8Layout):
     register_layout_class(_layout.__name__, _layout)
 
-# Every suffix that a quantized weight adds to a state dict key, for both layouts.
+# Every suffix that a quantized weight adds to a state dict key, for all layouts.
 STATE_SUFFIXES = tuple(
     f"weight_{field.name}"
-    for field in {f.name: f for p in (SVDQParams, AWQParams) for f in dataclasses.fields(p)}.values()
+    for field in {f.name: f for p in (SVDQParams, AWQParams, Int8Params) for f in dataclasses.fields(p)}.values()
     if field.name not in ("orig_dtype", "orig_shape", "axis", "unsigned", "splits")
 )
 
@@ -160,15 +182,32 @@ def packed_awq(qdata: Tensor, params: AWQParams) -> PackedAWQ:
     return PackedAWQ(qdata, params.scale, params.zeros, params.splits)
 
 
+def int8_weight(qdata: Tensor, params: Int8Params) -> W8A8:
+    """The INT8 weight behind a tensor, sharing its memory."""
+    return W8A8(qdata, params.scale, params.smooth)
+
+
+def compute_type(weight: QuantizedTensor) -> torch.dtype:
+    """The 16-bit type in which a weight takes its activations."""
+    params = weight._params
+    return (params.smooth if isinstance(params, Int8Params) else params.scale).dtype
+
+
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The dense weight in ``dtype``, rounded once, and the shift term as in kernels.reference.dequantize_w4a4."""
     if weight._layout_cls == SVDQInt4Layout.__name__:
         return reference.dequantize_parts(packed_parts(weight._qdata, weight._params), weight._params.axis, dtype)
+    if weight._layout_cls == SVDQInt8Layout.__name__:
+        return reference.dequantize_w8a8(int8_weight(weight._qdata, weight._params), dtype), None
     return reference.dequantize_packed_awq(packed_awq(weight._qdata, weight._params), dtype), None
 
 
-def quantized_weight(layer: W4A4Linear | AWQLinear, dtype: torch.dtype) -> QuantizedTensor:
+def quantized_weight(layer: W4A4Linear | AWQLinear | Int8Linear, dtype: torch.dtype) -> QuantizedTensor:
     """One loader layer as a ``QuantizedTensor`` of logical type ``dtype``, without copying its bytes."""
+    if isinstance(layer, Int8Linear):
+        weight = layer.weight
+        params = Int8Params(scale=weight.wscales, orig_dtype=dtype, orig_shape=layer.shape, smooth=weight.smooth_factor)
+        return QuantizedTensor(weight.q, SVDQInt8Layout.__name__, params)
     if isinstance(layer, AWQLinear):
         weight = layer.weight
         params = AWQParams(

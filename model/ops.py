@@ -28,7 +28,10 @@ from .layout_svdq import (
     STATE_SUFFIXES,
     SVDQAwqLayout,
     SVDQInt4Layout,
+    SVDQInt8Layout,
+    compute_type,
     dequantize,
+    int8_weight,
     packed_awq,
     packed_parts,
     smooths_alike,
@@ -36,7 +39,7 @@ from .layout_svdq import (
 from .offload import Origin, Staged, brought
 from .slots import Functions, PatchSlots, resident, unpin
 
-_QUANTIZED = (SVDQInt4Layout.__name__, SVDQAwqLayout.__name__)
+_QUANTIZED = tuple(layout.__name__ for layout in (SVDQInt4Layout, SVDQAwqLayout, SVDQInt8Layout))
 
 
 def is_quantized(weight: Any) -> bool:
@@ -45,7 +48,7 @@ def is_quantized(weight: Any) -> bool:
 
 
 class QuantizedLinear(comfy.ops.manual_cast.Linear):
-    """A stock Linear whose weight may be an SVDQuant or AWQ ``QuantizedTensor``; otherwise it is the stock class.
+    """A stock Linear whose weight may be a ``QuantizedTensor`` of layout_svdq.py; otherwise it is the stock class.
 
     The bias is the stored one: for layers with unsigned activations it contains the shift correction (kernels/int4.py).
     Patches are meant for the weight and bias of the dense layer, so the Linear ``owns`` those of a quantized weight and
@@ -308,6 +311,14 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         rank = max(factor.shape[1] for factor in (params.down, params.head_down) if factor is not None)
         return limit is None or rank + -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE <= limit
 
+    def _kernels_take(self, columns: lora.Columns, x: Tensor) -> bool:
+        """Whether kernels add ``columns`` to their product with x: in a low-rank branch, or beside few rows."""
+        if not self.backend.kernels:
+            return False
+        if self.weight._layout_cls == SVDQInt4Layout.__name__:
+            return self._has_room(len(columns.down))
+        return x[..., 0].numel() <= self.backend.layers.max_awq_rows
+
     def parts(self, weight: QuantizedTensor, x: Tensor) -> tuple[PackedW4A4, ...]:
         """The parts of a linear that is ``plain``, LoRAs included, for activations like x; weight: from on_device.
 
@@ -378,10 +389,9 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         # A bias that is not owned has its patches applied already, by core.
         bias_patches = self._patches("bias") if self.owns("bias") else []
         y = None
-        svdq = self.weight._layout_cls == SVDQInt4Layout.__name__
         as_stored = isinstance(weight, QuantizedTensor) and not rest and not bias_patches
         if as_stored and self.backend.precision != "16bit":
-            inside = self.backend.kernels and columns is not None and (not svdq or self._has_room(len(columns.down)))
+            inside = columns is not None and self._kernels_take(columns, x)
             y = self._quantized(x, weight, bias, columns if inside else None)
             if inside and y is not None:
                 return y
@@ -393,17 +403,20 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def _quantized(
         self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, columns: lora.Columns | None
     ) -> Tensor | None:
-        """The linear with quantized activations, or None where it has to be dequantized. columns: for kernels, of the
-        low-rank branch of an SVDQuant linear or beside a modulation layer."""
+        """The linear with quantized activations, or None where it has to be dequantized. columns: for kernels, see
+        :meth:`_kernels_take`."""
         # That is defined in the file's 16-bit type; float32 activations (CPU) are rounded to it.
-        rows = x.reshape(-1, x.shape[-1]).to(weight._params.scale.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(compute_type(weight))
         compute = self.backend.layers
         if weight._layout_cls == SVDQInt4Layout.__name__:
             parts = self._with_columns(packed_parts(weight._qdata, weight._params), columns)
             y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
         else:
             lora_factors = None if columns is None else self._kept_factors(columns)
-            y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias, lora_factors)
+            if weight._layout_cls == SVDQInt8Layout.__name__:
+                y = compute.linear_w8a8(rows, int8_weight(weight._qdata, weight._params), bias, lora_factors)
+            else:
+                y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias, lora_factors)
         return None if y is None else y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
     def _dense(

@@ -1,7 +1,7 @@
 """What ModelSave and CheckpointSave write for quantized layers: loaders/saved.py reads it back bit by bit.
 
 Weights go to the file as they are. A LoRA becomes more columns of a layer's low-rank branch, exactly those with which
-kernels run it; where the branch has no room, or there is none (modulation layers), it goes beside the weight, and the
+kernels run it; where the branch has no room, or there is none (modulation, INT8), it goes beside the weight, and the
 loader adds it as a LoRA again. Biases get their patches. Everything else that core computes on dense weights (LoHa,
 DoRA, merges and so on) has no 4-bit form: it is left out, and the log says so.
 """

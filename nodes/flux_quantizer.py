@@ -145,6 +145,16 @@ class SVDQFluxQuantize(io.ComfyNode):
                         "double_blocks.0.* *.txt_mlp.2. Other programs cannot read such a file."
                     ),
                 ),
+                io.String.Input(
+                    "keep_int8",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Linears that get 8 bits instead of 4, with 8-bit activations, named as in keep_16bit. Other "
+                        "programs cannot read such a file."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=[io.Hidden.unique_id],
@@ -167,6 +177,7 @@ class SVDQFluxQuantize(io.ComfyNode):
             gptq=single["gptq"],
             target_error=single["target_error"],
             keep_16bit=tuple(single.get("keep_16bit", "").split()),
+            keep_int8=tuple(single.get("keep_int8", "").split()),
         )
         how = (single[name] for name in ("width", "height", "steps", "calibration_seed"))
         calibration = FluxCalibration(single["model"], conditioning, *how)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..kernels.int4 import GROUP, W4A4
 from ..loaders import flux_names
-from ..loaders.flux_names import AWQSource, PlainSource, Source, W4A4Source
-from ..loaders.nunchaku import awq_leaves, swapped_halves, tensor_table, w4a4_leaves
+from ..loaders.flux_names import AWQSource, Int8Source, PlainSource, Source, W4A4Source
+from ..loaders.nunchaku import awq_leaves, int8_leaves, swapped_halves, tensor_table, w4a4_leaves
 from ..loaders.safetensors_file import problem
 from ..loaders.weights import FluxConfig
 from ..loaders.write import Spec
@@ -28,7 +28,9 @@ from .solve import Recipe
 from .source import Source as Model
 
 PLAIN_UNIT = "16-bit layers"
-_INTEGERS = {"I8": torch.int8, "I32": torch.int32}
+_FIXED = {"I8": torch.int8, "I32": torch.int32, "F32": torch.float32}  # all others are in the type of the file
+
+_KEEP_16BIT, _KEEP_INT8 = "layers to keep in 16 bits", "layers to keep in int8"  # in errors
 
 Facts = dict[str, object]
 """What the report says about one stored layer."""
@@ -43,6 +45,17 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Exceptions:
+    """Stock names of the linears that stay in 16 bits, and of those that get eight."""
+
+    plain: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
+
+
+_NONE = Exceptions()
+
+
+@dataclass(frozen=True)
 class _Part:
     """A stored W4A4 layer as a section of a stock layer: rows and columns of its weight, and which bias it carries."""
 
@@ -54,52 +67,66 @@ class _Part:
     has_bias: bool
 
 
-def layers_of(config: FluxConfig, kept: Collection[str] = ()) -> dict[str, Source]:
-    """kept: stock names of linears that stay in 16 bits."""
-    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, kept)
+def layers_of(config: FluxConfig, plain: Collection[str] = (), int8: Collection[str] = ()) -> dict[str, Source]:
+    """plain, int8: stock names of linears that are in 16 bits and in INT8, instead of four bits."""
+    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
 
 
-def units_of(config: FluxConfig, kept: Collection[str] = ()) -> list[Unit]:
+def units_of(config: FluxConfig, kept: Exceptions = _NONE) -> list[Unit]:
     """All units in model order; the layers that are in 16 bits in every file are one, the first."""
     grouped: dict[str, dict[str, Source]] = {PLAIN_UNIT: {}}
-    for name, source in layers_of(config, kept).items():
+    for name, source in layers_of(config, kept.plain, kept.int8).items():
         unit = name
-        if isinstance(source, PlainSource) and name not in kept:
+        if isinstance(source, PlainSource) and name not in kept.plain:
             unit = PLAIN_UNIT
-        elif name not in kept:
+        elif isinstance(source, W4A4Source):
             # The two attention outputs of a double block share one smoothing vector.
             unit = name.replace(".img_attn.proj", ".attn.proj").replace(".txt_attn.proj", ".attn.proj")
         grouped.setdefault(unit, {})[name] = source
     return [Unit(name, members) for name, members in grouped.items()]
 
 
-def specs_of(config: FluxConfig, rank: int, dtype: torch.dtype, kept: Collection[str] = ()) -> dict[str, Spec]:
+def specs_of(config: FluxConfig, rank: int, dtype: torch.dtype, kept: Exceptions = _NONE) -> dict[str, Spec]:
     """Stored name -> dtype and shape of every tensor of the checkpoint."""
     specs = {}
-    for name, (dtypes, shape) in tensor_table(config, layers_of(config, kept)).items():
+    for name, (dtypes, shape) in tensor_table(config, layers_of(config, kept.plain, kept.int8)).items():
         free = rank if name.endswith((".lora_down", ".lora_up")) else config.hidden_size // GROUP
-        specs[name] = Spec(_INTEGERS.get(dtypes[0], dtype), tuple(free if size is None else size for size in shape))
+        specs[name] = Spec(_FIXED.get(dtypes[0], dtype), tuple(free if size is None else size for size in shape))
     return specs
 
 
-def kept_by(patterns: Sequence[str], config: FluxConfig, out: str) -> tuple[str, ...]:
-    """Stock names of the linears that stay in 16 bits: those that one of the patterns (with *, ? and [..]) fits.
+def kept_by(keep_16bit: Sequence[str], keep_int8: Sequence[str], config: FluxConfig, out: str) -> Exceptions:
+    """The linears that one of the patterns (with *, ? and [..]) fits.
 
-    out: the file, for errors. Raises CheckpointError for a pattern that fits none, and if nothing is left.
+    out: the file, for errors. Raises CheckpointError for a pattern that fits none, for a linear that patterns of both
+    kinds fit, and if nothing is left.
     """
     layers = {name: source for name, source in layers_of(config).items() if not isinstance(source, PlainSource)}
-    found: set[str] = set()
+    plain = _fitting(keep_16bit, layers, _KEEP_16BIT, out)
+    int8 = _fitting(keep_int8, layers, _KEEP_INT8, out)
+    both = next((name for name in layers if name in plain and name in int8), None)
+    if both is not None:
+        found = f"{both}, which {plain[both]} (16 bits) and {int8[both]} (int8) fit"
+        raise problem(out, _KEEP_INT8, found, "every layer once", "Change one of the two patterns")
+    for blocks in ("double_blocks", "single_blocks"):
+        left = (name for name, source in layers.items() if isinstance(source, W4A4Source) and name.startswith(blocks))
+        if all(name in plain or name in int8 for name in left):
+            expected = f"at least one of {blocks} to quantize" + (" to four bits" if keep_int8 else "")
+            what, patterns = (_KEEP_16BIT if keep_16bit else _KEEP_INT8), " ".join((*keep_16bit, *keep_int8))
+            raise problem(out, what, patterns, expected, "Keep fewer")
+    return Exceptions(tuple(name for name in layers if name in plain), tuple(name for name in layers if name in int8))
+
+
+def _fitting(patterns: Sequence[str], names: Collection[str], what: str, out: str) -> dict[str, str]:
+    """Name -> the first pattern that fits it."""
+    found: dict[str, str] = {}
     for pattern in patterns:
-        fits = fnmatch.filter(layers, pattern)
+        fits = fnmatch.filter(names, pattern)
         if not fits:
             expected = "ComfyUI's name of a linear (double_blocks.0.img_mlp.2), or with *: single_blocks.*.linear2"
-            raise problem(out, "layers to keep in 16 bits", pattern, expected, "The report of any run lists all names")
-        found.update(fits)
-    for blocks in ("double_blocks", "single_blocks"):
-        if not any(isinstance(s, W4A4Source) and n.startswith(blocks) and n not in found for n, s in layers.items()):
-            expected = f"at least one of {blocks} to quantize"
-            raise problem(out, "layers to keep in 16 bits", " ".join(patterns), expected, "Keep fewer")
-    return tuple(name for name in layers if name in found)
+            raise problem(out, what, pattern, expected, "The report of any run lists all names")
+        found = dict.fromkeys(fits, pattern) | found
+    return found
 
 
 def stored_names(unit: Unit, specs: dict[str, Spec]) -> list[str]:
@@ -111,9 +138,9 @@ def stored_names(unit: Unit, specs: dict[str, Spec]) -> list[str]:
 
 
 def input_sections(unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[slice]]:
-    """Quantized stock layer -> the sections of its input that are inputs of stored layers, of one unit.
+    """4-bit stock layer -> the sections of its input that are inputs of stored layers, of one unit.
 
-    shapes: stock tensor name -> shape. Empty for the layers that stay in 16 bits.
+    shapes: stock tensor name -> shape. Empty for all other layers, which need no second moments.
     """
     sections: dict[str, list[slice]] = {}
     for stock, source in unit.layers.items():
@@ -123,6 +150,11 @@ def input_sections(unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             found = [part.columns for part in _parts(stock, source, shapes[f"{stock}.weight"])]
             sections[stock] = [columns for index, columns in enumerate(found) if columns not in found[:index]]
     return sections
+
+
+def watched_inputs(unit: Unit) -> list[str]:
+    """Stock layers whose inputs calibration looks at: the quantized ones."""
+    return [name for name, source in unit.layers.items() if not isinstance(source, PlainSource)]
 
 
 def convert(
@@ -141,6 +173,9 @@ def convert(
     elif isinstance(next(iter(unit.layers.values())), AWQSource):
         ((stock, source),) = unit.layers.items()
         tensors, facts = _awq(model, stock, source, recipe, device, activations)
+    elif isinstance(next(iter(unit.layers.values())), Int8Source):
+        (stock,) = unit.layers
+        tensors, facts = _int8(model, stock, recipe, device, activations)
     else:
         for stored, found, fact in _w4a4(model, unit, recipe, device, activations):
             tensors |= {f"{stored}.{leaf}": tensor for leaf, tensor in found.items()}
@@ -178,6 +213,21 @@ def _awq(
     facts = measure.awq_quality(weight, quantized, source.name, None if statistics is None else statistics.rows)
     fact = _facts(source.name, stock, "w4a16", weight.shape, leaves, facts, started)
     return {f"{source.name}.{leaf}": tensor for leaf, tensor in leaves.items()}, [fact]
+
+
+def _int8(
+    model: Model, stock: str, recipe: Recipe, device: torch.device, activations: Activations | None
+) -> tuple[dict[str, Tensor], list[Facts]]:
+    started = time.monotonic()
+    weight, bias = model.tensor(f"{stock}.weight").to(device), model.tensor(f"{stock}.bias")
+    statistics = None if activations is None else activations.inputs[stock].to(device, recipe.dtype)
+    member = Member(weight, False, statistics)
+    found = find_smooth([member], recipe, int8=True)
+    quantized = found.quantize_int8(member)
+    leaves = int8_leaves(quantized, bias.to(recipe.dtype))
+    quality = measure.w8a8_quality(weight, quantized, stock, member.rows) | found.facts
+    fact = _facts(stock, stock, "w8a8", weight.shape, leaves, quality, started)
+    return {f"{stock}.{leaf}": tensor for leaf, tensor in leaves.items()}, [fact]
 
 
 def _w4a4(

@@ -30,7 +30,7 @@ from ..loaders.weights import CheckpointError, FluxConfig
 from ..loaders.write import Spec, check_not_read, check_target, safetensors_writer, write_tensors
 from . import activations, report
 from .activations import Activations, Calibration
-from .convert import Facts, Unit, convert, input_sections, kept_by, specs_of, stored_names, units_of
+from .convert import Facts, Unit, convert, input_sections, kept_by, specs_of, stored_names, units_of, watched_inputs
 from .replay import Replay
 from .solve import WEIGHT_ONLY_BETA, Recipe
 from .source import Source
@@ -54,8 +54,8 @@ class Settings:
 
     rank: 16 to 128, a multiple of 16 · dtype: "bf16" or "fp16" · iterations: rounds of branch and codes · seed ·
     gptq: error feedback, which needs a calibration · target_error: where above 0, each layer gets the smallest rank, up
-    to ``rank``, whose relative output error is within it · keep_16bit: patterns of stock names of linears that are not
-    quantized (convert.kept_by).
+    to ``rank``, whose relative output error is within it · keep_16bit, keep_int8: patterns of stock names of linears
+    that are not quantized, or to eight bits instead of four (convert.kept_by).
     """
 
     rank: int = 32
@@ -65,6 +65,7 @@ class Settings:
     gptq: bool = False
     target_error: float = 0.0
     keep_16bit: tuple[str, ...] = ()
+    keep_int8: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -73,9 +74,8 @@ class Settings:
     def describe(self, calibration: Calibration | None) -> dict[str, Any]:
         """As JSON, for the metadata of the file and the report."""
         how = {"calibration": "none", "smooth_beta": WEIGHT_ONLY_BETA}
-        settings = asdict(self)
-        if not self.keep_16bit:
-            del settings["keep_16bit"]
+        # Without exceptions, jobs are those of versions that had none.
+        settings = {name: value for name, value in asdict(self).items() if value or not name.startswith("keep_")}
         return {"algorithm": ALGORITHM, **(how if calibration is None else calibration.describe()), **settings}
 
 
@@ -117,7 +117,7 @@ def quantize(
     """
     started, out = time.monotonic(), Path(out)
     _check(model, out, settings, calibration)
-    kept = kept_by(settings.keep_16bit, model.config, str(out))
+    kept = kept_by(settings.keep_16bit, settings.keep_int8, model.config, str(out))
     specs = specs_of(model.config, settings.rank, settings.recipe.dtype, kept)
     units = units_of(model.config, kept)
     described = settings.describe(calibration)
@@ -200,7 +200,7 @@ def _with_activations(
         yield from ((unit, None) for unit in units)
         return
     path = folder / _STATISTICS
-    names = [name for unit in every for name in input_sections(unit, model.shapes)]
+    names = [name for unit in every for name in watched_inputs(unit)]
     inputs = activations.load(path, names)
     with Replay(calibration.flux, calibration.run, folder / _INPUTS) as replay:
         if inputs is None and units:

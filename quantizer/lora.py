@@ -19,7 +19,7 @@ from ..loaders.flux_names import PlainSource
 from ..loaders.nunchaku import swapped_halves
 from ..loaders.safetensors_file import mapped_reader, problem, read_header
 from ..loaders.tensor_set import some
-from ..loaders.weights import AWQLinear, FluxConfig, Layer, PlainLayer
+from ..loaders.weights import AWQLinear, FluxConfig, Int8Linear, Layer, PlainLayer
 from .convert import layers_of
 from .source import check_finite, diffusers_names, stock_shapes
 
@@ -204,7 +204,7 @@ def with_loras(layer: Layer, deltas: Sequence[Delta]) -> Layer:
     if not factors:
         return layer
     down, up = torch.cat([down for down, _ in factors]), torch.cat([up for _, up in factors], dim=1)
-    if isinstance(layer, AWQLinear):
+    if isinstance(layer, AWQLinear | Int8Linear):
         return replace(layer, lora=(down, up))
     parts, start = [], 0
     for part in layer.parts:

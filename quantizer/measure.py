@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.int4 import AWQ, W4A4
+from ..kernels.int4 import AWQ, W4A4, W8A8
 from .solve import output_error, ratio
 
 FIRST_BIN, BINS = -12, 20  # of histograms, in powers of two
@@ -49,6 +49,19 @@ def w4a4_quality(weight: Tensor, quantized: W4A4, name: str, rows: Tensor | None
     quality["weight_histogram"] = histogram(weight)
     if rows is not None:
         quality["activation_histogram"] = histogram(rows)
+        quality["calibration_sqnr_db"] = decibel(output_error(weight, quantized, rows.to(x.dtype)))
+    return quality
+
+
+def w8a8_quality(weight: Tensor, quantized: W8A8, name: str, rows: Tensor | None = None) -> dict[str, object]:
+    """As :func:`w4a4_quality`, without histograms, for a layer in W8A8 arithmetic."""
+    x = probe(weight.shape[1], quantized.smooth_factor.dtype, name).to(weight.device)
+    dense = reference.dequantize_w8a8(quantized)
+    quality: dict[str, object] = {
+        "weight_sqnr_db": decibel(ratio(dense - weight.float(), weight)),
+        "output_sqnr_db": decibel(output_error(weight, quantized, x)),
+    }
+    if rows is not None:
         quality["calibration_sqnr_db"] = decibel(output_error(weight, quantized, rows.to(x.dtype)))
     return quality
 

@@ -19,11 +19,13 @@ QUALITIES = {
 }
 _WORST = 15
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 220, 46, 24  # of a plot, and of its margins
+_SUMMARIZED = {"w4a4": "4-bit layers", "w4a16": "modulation", "w8a8": "int8 layers"}
 _KINDS = ("qkv", "attention out", "fc1", "fc2", "modulation")
+_INT8 = len(_KINDS)  # number of their kind; only reports that have some name it
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --k0: #4477aa; --k1: #ee6677; --k2: #228833; --k3: #ccbb44;
-  --k4: #aa3377; }
+  --k4: #aa3377; --k5: #66ccee; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: currentColor; }
@@ -50,8 +52,10 @@ def make_report(
 ) -> dict[str, Any]:
     """name: of the file · facts: of each stored layer (convert.py) · seconds: of the last run."""
     kinds = {}
-    for kind in ("w4a4", "w4a16"):
+    for kind in _SUMMARIZED:
         chosen = [fact for fact in facts if fact["kind"] == kind]
+        if not chosen and kind == "w8a8":
+            continue
         kinds[kind] = {"layers": len(chosen)} | {
             quality: _spread(fact[quality] for fact in chosen if quality in fact) for quality in QUALITIES
         }
@@ -90,6 +94,7 @@ def write_reports(folder: Path, out: Path, report: dict[str, Any]) -> None:
 def as_html(report: dict[str, Any]) -> str:
     """A page without scripts and without anything from elsewhere."""
     layers = report["layers"]
+    kinds = (*_KINDS, "int8") if "w8a8" in report["summary"] else _KINDS
     shown = [name for name in QUALITIES if any(layer.get(name) is not None for layer in layers)]
     parts = [
         f"<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8><title>{_text(report['file'])}</title>",
@@ -97,7 +102,7 @@ def as_html(report: dict[str, Any]) -> str:
         _facts(report),
         "<h2>How near each layer is</h2><p>Signal to noise in dB, in the order of the model: higher is nearer. "
         "Point at a dot for its name.</p><p>",
-        *(f"<span class=k style='background:var(--k{i})'></span>{kind}" for i, kind in enumerate(_KINDS)),
+        *(f"<span class=k style='background:var(--k{i})'></span>{kind}" for i, kind in enumerate(kinds)),
         "</p>",
         *(f"<h3>{_text(QUALITIES[name])}</h3>{_dots(layers, name)}" for name in shown),
         f"<h2>The {min(_WORST, len(layers))} worst layers</h2>{_worst(layers, shown)}",
@@ -119,15 +124,17 @@ def _facts(report: dict[str, Any]) -> str:
         ("Settings", ", ".join(f"{name} {value}" for name, value in report["settings"].items())),
     ]
     for name, text in QUALITIES.items():
-        for kind, what in (("w4a4", "4-bit layers"), ("w4a16", "modulation")):
-            spread = report["summary"][kind][name]
+        for kind, what in _SUMMARIZED.items():
+            spread = report["summary"].get(kind, {}).get(name)
             if spread:
                 rows.append((f"{text}, {what}", f"{spread['mean']} dB on average, {spread['min']} dB at least"))
     return "<table>" + "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in rows) + "</table>"
 
 
 def _kind(layer: dict[str, Any]) -> int:
-    """Index into _KINDS."""
+    """Index into _KINDS, or _INT8."""
+    if layer["kind"] == "w8a8":
+        return _INT8
     name = layer["name"].rpartition(".")[2]
     for index, part in enumerate(("qkv", "out_proj", "fc1", "fc2")):
         if part in name:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..kernels.int4 import SHIFT, W4A4
+from ..kernels.int4 import SHIFT, W4A4, W8A8
 from . import solve
 from .activations import InputStatistics
 from .solve import Recipe
@@ -55,6 +55,9 @@ class Smoothing:
             hessian = moments / values / values[:, None]
         return solve.quantize_w4a4(member.weight, self.smooth, recipe, member.unsigned, member.act_square, hessian)
 
+    def quantize_int8(self, member: Member) -> W8A8:
+        return solve.quantize_w8a8(member.weight, self.smooth)
+
     def quantize_for(
         self, member: Member, recipe: Recipe, rows: Tensor, moments: Tensor | None = None
     ) -> tuple[W4A4, dict[str, object]]:
@@ -76,11 +79,11 @@ class Smoothing:
         return quantized, {"rank": ranks[index], "target_met": error <= recipe.target_error}
 
 
-def find_smooth(members: Sequence[Member], recipe: Recipe) -> Smoothing:
+def find_smooth(members: Sequence[Member], recipe: Recipe, int8: bool = False) -> Smoothing:
     """The smoothing that ``members``, which read the same channels, have in common.
 
     With statistics, the exponents are those with the smallest sum of relative output errors in W4A4 arithmetic after
-    one round. Without, or where all activations are 0, weights alone decide.
+    one round, or in W8A8 (``int8``). Without, or where all activations are 0, weights alone decide.
     """
     weight_span = solve.channel_span([member.weight for member in members])
     known = [member.statistics for member in members if member.statistics is not None]
@@ -99,7 +102,7 @@ def find_smooth(members: Sequence[Member], recipe: Recipe) -> Smoothing:
         tried, total = Smoothing(smooth), 0.0
         for sample in samples:
             try:
-                quantized = tried.quantize(sample, quick)
+                quantized = tried.quantize_int8(sample) if int8 else tried.quantize(sample, quick)
             except solve.OutOfRange:
                 return math.inf
             total += solve.output_error(sample.weight, quantized, sample.rows.to(recipe.dtype))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.int4 import AWQ, GROUP, W4A4
+from ..kernels import layout, reference
+from ..kernels.int4 import AWQ, GROUP, W4A4, W8A8
 
 # Exponent of the weight's magnitude where nothing is known of the activation: the middle of a flat optimum between 0.15
 # and 0.5 (docs/quantizer.md).
@@ -24,6 +24,7 @@ WEIGHT_ONLY_BETA = 0.3
 RATIOS = (1.0, 0.93, 0.87, 0.8, 0.73, 0.65)
 # The same for the range of an AWQ group, relative to its whole range.
 _AWQ_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_INT8_MAX = 127
 _OVERSAMPLE = 16  # columns of the randomized SVD beyond the rank
 _POWER_ITERATIONS = 8
 _WARM_ITERATIONS = 1  # when it starts from the branch of the round before
@@ -102,13 +103,15 @@ def search_smooth(
     return best[1], best[2]
 
 
-def output_error(weight: Tensor, quantized: W4A4, x: Tensor) -> float:
-    """Relative squared error of a layer's output in W4A4 arithmetic.
+def output_error(weight: Tensor, quantized: W4A4 | W8A8, x: Tensor) -> float:
+    """Relative squared error of a layer's output in W4A4 or W8A8 arithmetic.
 
     weight: [N, K], the original · quantized: what stands for it · x: T [M, K], the raw activation (a GELU's output for
     an unsigned layer). Returns |y - x W^T|^2 / |x W^T|^2; 0 for an all-zero weight that stays zero.
     """
     exact = x.float() @ weight.float().t()
+    if isinstance(quantized, W8A8):
+        return ratio(reference.linear_w8a8(x, quantized, out_dtype=torch.float32) - exact, exact)
     _, shift_term = reference.dequantize_w4a4(quantized) if quantized.act_unsigned else (None, None)
     bias = None if shift_term is None else -shift_term
     got = reference.linear_w4a4(x, quantized, bias, out_dtype=torch.float32)
@@ -436,6 +439,23 @@ def quantize_awq(
         codes[rows] = _nearest_awq(values, scale, zero).to(torch.uint8).reshape(-1, k)
         scales[rows], zeros[rows] = scale.to(dtype), zero.to(dtype)
     return AWQ(codes, scales, zeros)
+
+
+def quantize_w8a8(weight: Tensor, smooth: Tensor) -> W8A8:
+    """One INT8 weight: nearest codes, of which each row uses the whole range.
+
+    weight: [N, K], any float dtype · smooth: T [K]. A narrower range, as :func:`round_int4` searches it, gained nothing
+    on weights with heavy tails.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in _row_blocks(weight):
+        values = weight[rows].float() * smooth.float()
+        scale = values.abs().amax(dim=1) / _INT8_MAX
+        scale[scale == 0] = 1.0
+        codes[rows] = (values / scale[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+        scales[rows] = scale
+    return W8A8(codes, scales, layout.pack_vector(smooth))
 
 
 def _best_line(values: Tensor, dtype: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def test_node_ids_and_inputs_are_those_of_saved_workflows(nodes: ModuleType) -> 
         "SVDQFluxQuantize": [
             "model", "conditioning", "filename", "folder", "rank", "gptq", "width", "height", "steps",
             "calibration_seed", "overwrite", "iterations", "dtype", "target_error",
-            "keep_16bit",
+            "keep_16bit", "keep_int8",
         ],
         "SVDQSaveConditioning": ["conditioning", "filename_prefix"],
         "SVDQLoadConditioning": ["file"],

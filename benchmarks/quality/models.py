@@ -56,6 +56,8 @@ class Int8Reference(Backend):
         total = torch.cat(outputs, dim=1) if axis == 0 else sum(outputs)
         return (total if bias is None else total + bias.float()).to(x.dtype)
 
+    linear_w8a8 = staticmethod(reference.linear_w8a8)
+
     @staticmethod
     def linear_awq(x: Tensor, weight: Any, bias: Tensor | None, lora: Any = None) -> None:
         """None: a modulation layer is dequantized."""
