@@ -11,8 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-barrier = gl.constexpr(getattr(gl, "barrier", None) or gl.thread_barrier)
-async_load = gl.constexpr(getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared)
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
