@@ -33,6 +33,7 @@ def start_comfyui(folder: str, options: list[str], prepare: Callable[[], None] =
         device.index for device in management.get_all_torch_devices()
     )
     if dynamic:
+        comfy_aimdo.control.set_log_info()  # or every access to a weight is a line
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
     return bool(dynamic)

@@ -1,7 +1,8 @@
 """Two checkpoints in turns in one ComfyUI process: what stays behind, and whether ComfyUI knows how large they are.
 
-    python benchmarks/model_switches.py COMFYUI FILE FILE [--switches 20] [--size 1024] [-- ComfyUI's options]
+    python benchmarks/model_switches.py COMFYUI FILE FILE [--switches 20] [--size 1024] [--stock] [-- ComfyUI's options]
 
+--stock: with ComfyUI's own loader, for files that it reads (twice the same will do): what the rest leaves behind.
 Prints one line "ROW {json}": switch_s (median: open, load, one step) · size_percent (largest difference between the
 size that ComfyUI counts as loaded and what loading takes of the GPU; None without one, and with dynamic VRAM, which has
 pages) · ram_mb, file_mb, vram_mb, torch_mb (after each switch: of the process, of mapped files in it, of the GPU, of
@@ -30,10 +31,12 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
     register_package()
     dynamic = start_comfyui(args.comfyui, options)
     import comfy.model_management as management
+    import comfy.sd
     import torch
 
     from svdq.model import load_flux
 
+    load = comfy.sd.load_diffusion_model if args.stock else load_flux
     on_gpu = management.get_torch_device().type == "cuda"
     if not on_gpu:
         torch.set_num_threads(1)  # each has an arena of its own, which comes and goes
@@ -43,7 +46,7 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
     for number in range(args.switches):
         start = time.perf_counter()
         with torch.inference_mode():
-            patcher = load_flux(args.files[number % 2])
+            patcher = load(args.files[number % 2])
             if on_gpu and not dynamic:
                 management.unload_all_models()  # or the difference would be that of two models
                 before = torch.cuda.memory_allocated()
@@ -55,6 +58,7 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        print(f"{number + 1} of {args.switches}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
         del patcher
         gc.collect()
         management.cleanup_models_gc()
@@ -106,5 +110,6 @@ if __name__ == "__main__":
     parser.add_argument("files", nargs=2)
     parser.add_argument("--switches", type=int, default=20, help=f"an even number, at least {WARM + 4}")
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--stock", action="store_true", help="ComfyUI's own loader instead of this pack's")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     main(parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :])
