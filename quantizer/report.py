@@ -121,7 +121,7 @@ def _facts(report: dict[str, Any]) -> str:
         ("Source", report["source"]),
         ("Size", f"{report['bytes'] / 1e6:,.1f} MB, of {report['source_bytes'] / 1e6:,.1f} MB"),
         ("Time", f"{report['seconds']:,.1f} s for layers, on {report['device']}"),
-        ("Settings", ", ".join(f"{name} {value}" for name, value in report["settings"].items())),
+        ("Settings", ", ".join(f"{name} {_plain(value)}" for name, value in report["settings"].items())),
     ]
     for name, text in QUALITIES.items():
         for kind, what in _SUMMARIZED.items():
@@ -129,6 +129,11 @@ def _facts(report: dict[str, Any]) -> str:
             if spread:
                 rows.append((f"{text}, {what}", f"{spread['mean']} dB on average, {spread['min']} dB at least"))
     return "<table>" + "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in rows) + "</table>"
+
+
+def _plain(value: Any) -> Any:
+    """Without the brackets of a list."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def _kind(layer: dict[str, Any]) -> int:
