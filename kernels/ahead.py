@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from triton.runtime.jit import JITFunction
 
@@ -51,6 +53,30 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
     finally:
         active_mode.set(before)  # which Triton 3.5 leaves to itself only where nothing fails
     log.debug("%d kernels in %.1f s, %d threads", len(compiling.future_kernels), time.perf_counter() - start, threads)
+
+
+def name_functions(package: str) -> None:
+    """Have Triton name the functions of kernels in all modules of ``package`` that are imported.
+
+    Kernels are in its cache under these names. That of a function takes in constants of the functions that it calls,
+    if those have names by then. So they come first here, and which kernel a process starts first does not matter.
+    """
+    known: set[int] = set()
+
+    def name(function: Any) -> None:
+        if id(function) in known:
+            return
+        known.add(id(function))
+        for word in function.fn.__code__.co_names:
+            called = function.fn.__globals__.get(word)
+            if hasattr(type(called), "cache_key"):
+                name(called)
+        _ = function.cache_key
+
+    for module in [module for key, module in sys.modules.items() if key.startswith(f"{package}.")]:
+        for function in vars(module).values():
+            if isinstance(function, JITFunction):
+                name(function)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .ahead import name_functions
 from .epilogue import EPS, GATE_RESIDUAL, GELU, HEAD, NORM_ROPE
 from .gluon_compat import barrier
 
@@ -481,3 +482,6 @@ def gemm_w8a8_hopper_kernel(
         [4, C.producer_warps],
         C.registers,
     )
+
+
+name_functions(__package__)

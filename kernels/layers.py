@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ahead import compile_once
+from .ahead import compile_once, name_functions
 from .epilogue import After
 from .gemm_int4 import gemm_w4a4
 from .gemm_int8 import gemm_w8a8
@@ -223,3 +223,5 @@ def _split(lora_act: Tensor, parts: tuple[PackedW4A4, ...]) -> tuple[Tensor, ...
 
 
 INT4, INT8 = Int4Layers(), Int8Layers()
+
+name_functions(__package__)
