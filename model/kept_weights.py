@@ -63,14 +63,12 @@ class KeptWeights:
     # ---- what the patcher asks
 
     def needed(self, blocks: Sequence[nn.Module]) -> int:
-        """Bytes for all linears of ``blocks`` (flux._Fused)."""
+        """Bytes for all linears of ``blocks`` (flux._Fused) that can be fused: one that has a linear in 16 bits or INT8
+        runs layer by layer, and keeps nothing."""
         if self._needed is None:
-            self._needed = sum(
-                self._layers.kept_bytes(part)
-                for block in blocks
-                for linear in map(block.get_submodule, block.linears)
-                for part in linear.stored_parts()
-            )
+            found = ([block.get_submodule(name).stored_parts() for name in block.linears] for block in blocks)
+            parts = (part for linears in found if all(linears) for parts in linears for part in parts)
+            self._needed = sum(map(self._layers.kept_bytes, parts))
         return self._needed
 
     @property

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flux_models import forward, inputs, relative
+from int8_files import with_int8
 from test_flux_blocks_cpu import PlainLayers
 from test_memory_modes import write_lora
 
@@ -129,8 +130,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
 def load(tiny: Path, kernels, free):
     from svdq.model import flux, load_flux
 
-    def load(weights: str):
-        patcher = load_flux(str(tiny), "16bit")
+    def load(weights: str, path: Path = tiny):
+        patcher = load_flux(str(path), "16bit")
         flux.fuse_blocks(patcher.model.diffusion_model, SimpleNamespace(kernels=True, layers=kernels.INT8), weights)
         graphs = Graphs()
         for block in flux.fused_blocks(patcher.model.diffusion_model):
@@ -319,6 +320,19 @@ def test_sizes(load, arguments: dict, lora: dict) -> None:
         assert kept_of(patcher)._graphs.cleared > cleared, "graphs read what is gone"
         forward(patcher, arguments)
         assert patcher.loaded_size() == weights, "given back until the model is loaded anew"
+
+
+def test_a_block_that_runs_layer_by_layer_keeps_nothing(load, tiny: Path, tmp_path: Path, arguments: dict) -> None:
+    """And no room is asked for it."""
+    from svdq.model.flux import fused_blocks
+
+    names = "double_blocks.0.img_mlp.2", "single_blocks.1.modulation.lin"
+    whole, patcher = load("int8"), load("int8", with_int8(tiny, names, tmp_path / "int8.safetensors"))
+    blocks, all_blocks = (fused_blocks(one.model.diffusion_model) for one in (patcher, whole))
+    first = kept_of(whole).needed(all_blocks) - kept_of(patcher).needed(blocks)
+    assert first == load("int8").model.diffusion_model.double_blocks[0].kept.needed(all_blocks[:1]) > 0
+    forward(patcher, arguments)
+    assert kept_of(patcher).held == kept_of(patcher).needed(blocks)
 
 
 def test_more_than_the_copies_is_asked_back(load, arguments: dict) -> None:
