@@ -20,7 +20,6 @@ from ..loaders.safetensors_file import mapped_reader, problem, read_header
 from ..loaders.tensor_set import some
 from ..loaders.weights import Int8Linear, Layer
 from ..loaders.write import Spec
-from ..quantizer.convert import layers_of
 from ..quantizer.job import file_metadata
 from ..quantizer.lora import Delta, with_loras
 from ..quantizer.source import stock_shapes
@@ -41,7 +40,7 @@ class Baked:
         self, checkpoint: Checkpoint, deltas: Mapping[str, Sequence[Delta]], without_modulation: bool = False
     ) -> None:
         self.checkpoint, self._without_modulation = checkpoint, without_modulation
-        self.sources = layers_of(checkpoint.config, checkpoint.plain_linears, checkpoint.int8_linears)
+        self.sources = checkpoint.sources
         dropped = {name for name in deltas if without_modulation and isinstance(self.sources[name], AWQSource)}
         self.deltas = {name: found for name, found in deltas.items() if name not in dropped}
         self.left_out = 2 * sum(len(deltas[name]) for name in dropped)
@@ -141,19 +140,21 @@ class Nunchaku(_FourBit):
                     self._stored.setdefault(name.rpartition(".")[0], {})[name] = file, key
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        source, layer = self._baked.sources[name], self._layer(name)
+        source, tensors = self._baked.sources[name], {}
+        if self._stored:
+            modules = source.parts if isinstance(source, W4A4Source) else (source.name,)
+            stored = {key: where for module in modules for key, where in self._stored[module].items()}
+            tensors = {key: mapped_reader(file)(original) for key, (file, original) in stored.items()}
+            if name not in self._baked.deltas:
+                return tensors
+        layer = self._layer(name)
         if isinstance(layer, PlainLayer) and not isinstance(source, PlainSource):
             return stored_layer(PlainSource(name, has_bias=True), layer, self._baked.checkpoint.dtype)
-        if not self._stored:
-            return stored_layer(source, layer, self._baked.checkpoint.dtype)
-        modules = source.parts if isinstance(source, W4A4Source) else (source.name,)
-        stored = {key: where for module in modules for key, where in self._stored[module].items()}
-        tensors = {key: mapped_reader(file)(original) for key, (file, original) in stored.items()}
-        if name in self._baked.deltas:
-            changed = stored_layer(source, layer, self._baked.checkpoint.dtype)
-            ends = LOW_RANK_LEAVES if isinstance(source, W4A4Source) else (".weight",)
-            tensors |= {key: tensor for key, tensor in changed.items() if key.endswith(ends)}
-        return tensors
+        made = stored_layer(source, layer, self._baked.checkpoint.dtype)
+        if not tensors:
+            return made
+        ends = LOW_RANK_LEAVES if isinstance(source, W4A4Source) else (".weight",)
+        return tensors | {key: tensor for key, tensor in made.items() if key.endswith(ends)}
 
     def metadata(self) -> dict[str, str]:
         checkpoint = self._baked.checkpoint

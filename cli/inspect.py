@@ -69,7 +69,7 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     from ..quantizer.source import stock_shapes
 
     config = checkpoint.config
-    sources = _sources(checkpoint)
+    sources = checkpoint.sources
     layers = Counter(_kind(source) for source in sources.values())
     dense_values = sum(math.prod(shape) for shape in stock_shapes(config).values())
     return {
@@ -96,13 +96,6 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _sources(checkpoint: Checkpoint) -> dict[str, Source]:
-    from ..loaders import flux_names
-
-    config, plain, int8 = checkpoint.config, checkpoint.plain_linears, checkpoint.int8_linears
-    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
-
-
 def _kind(source: Source) -> str:
     from ..loaders.flux_names import AWQSource, Int8Source, W4A4Source
 
@@ -113,7 +106,7 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
     from ..loaders import flux_names, kitchen, saved
     from ..loaders.safetensors_file import read_header
 
-    sources = _sources(checkpoint)
+    sources = checkpoint.sources
     headers = [read_header(file) for file in checkpoint.files]
     kinds = {name: _kind(source) for name, source in sources.items()}
     if checkpoint.format == "comfyui":

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..kernels.int4 import GROUP, SHIFT
-from ..loaders import flux_names
 from ..loaders.flux_names import AWQSource, Source, W4A4Source
 from ..loaders.nunchaku import tensor_table
 from ..loaders.weights import FluxConfig
@@ -70,7 +69,7 @@ STYLES = {
 
 def tensor_specs(config: FluxConfig, rank: int, dtype: torch.dtype) -> dict[str, Spec]:
     """Stored name -> dtype and shape of every tensor of such a checkpoint; rank 0 leaves the low-rank factors out."""
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    layers = config.layers()
     groups = config.hidden_size // GROUP
     awq_rows = -(-groups // AWQ_ROW_MULTIPLE) * AWQ_ROW_MULTIPLE
     integers = {"I8": torch.int8, "I32": torch.int32}
@@ -96,7 +95,7 @@ class WeightMaker:
     def layers(self) -> list[Source]:
         """Every layer of the model, big and small; each can be made on its own, in any order."""
         config = self.config
-        return list(flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed).values())
+        return list(config.layers().values())
 
     def tensors(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         """(stored name, tensor) of one layer."""

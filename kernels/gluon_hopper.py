@@ -484,4 +484,4 @@ def gemm_w8a8_hopper_kernel(
     )
 
 
-name_functions(__package__)
+name_functions(__package__)  # again: layers.py is there before this file

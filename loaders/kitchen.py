@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.int4 import AWQ, GROUP, RANK_MULTIPLE, SHIFT, W4A4
-from . import flux_names
 from .flux_names import AWQSource, PlainSource, Source
 from .safetensors_file import Header, Reader, problem, read_bytes
 from .saved import prefix_before
@@ -141,7 +140,7 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
     )
     config = read_config(tensors, lambda name: name)
     plain = plain_linears(tensors, config)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain)
+    layers = config.layers(plain)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: False, _CONVERT)
     ranks = _read_ranks(tensors, header, layers)
     read: list[Callable[[str], Tensor]] = []

@@ -49,7 +49,7 @@ def build_checkpoint(
     refuse_other_files(path, {tensors.key(name): info for name, info in tensors.infos.items()})
     config = read_config(tensors, _canonical_name)
     plain, int8 = plain_linears(tensors, config), int8_linears(tensors, config)
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
+    layers = config.layers(plain, int8)
     ranks = _check_tensors(tensors, config, layers)
     notes = _check_metadata(path, metadata, config)
     scales = tensors.infos[next(name for name in tensors.infos if name.endswith(".wscales"))]

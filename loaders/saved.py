@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.int4 import GROUP, PackedAWQ, PackedW4A4
-from . import flux_names
 from .flux_names import AWQSource, Int8Source, PlainSource, Source, W4A4Source
 from .safetensors_file import Header, Reader, problem, read_bytes
 from .tensor_set import (
@@ -84,7 +83,7 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
     )
     config = read_config(tensors, lambda name: name)
     plain, int8 = plain_linears(tensors, config), int8_linears(tensors, config, ("comfy_quant", *LORA_LEAVES))
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
+    layers = config.layers(plain, int8)
     check_table(tensors, config, _tensor_table(config, layers), lambda name: name.endswith(LORA_LEAVES), _SAVE_AGAIN)
     ranks = _check_layers(tensors, header, config, layers)
     others = len(header.tensors) - len(keys)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..kernels.int4 import GROUP, RANK_MULTIPLE, W8A8
-from . import flux_names
 from .flux_names import INT8_LEAVES, AWQSource, Int8Source, PlainSource, Source, W4A4Source
 from .safetensors_file import TensorInfo, problem
 from .weights import FluxConfig, Int8Linear, LowRank
@@ -135,7 +134,7 @@ def plain_table(config: FluxConfig, layers: dict[str, Source]) -> TensorTable:
 
 def linear_shapes(config: FluxConfig) -> dict[str, tuple[int, int]]:
     """Stock module name -> [N, K], for all linears that are quantized, unless a file has them in 16 bits."""
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    layers = config.layers()
     return {name: layer_shape(source, config) for name, source in layers.items() if not isinstance(source, PlainSource)}
 
 

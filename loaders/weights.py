@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.int4 import W8A8, PackedAWQ, PackedW4A4
+from . import flux_names
 
 
 class CheckpointError(ValueError):
@@ -47,6 +48,13 @@ class FluxConfig:
     @property
     def num_heads(self) -> int:
         return self.hidden_size // 128
+
+    def layers(
+        self, plain_linears: Collection[str] = (), int8_linears: Collection[str] = ()
+    ) -> dict[str, flux_names.Source]:
+        """Stock module name -> stored layer(s), as :func:`flux_names.all_layers`."""
+        sizes = self.depth, self.depth_single_blocks, self.guidance_embed
+        return flux_names.all_layers(*sizes, plain_linears, int8_linears)
 
 
 LowRank = tuple[Tensor, Tensor]
@@ -158,6 +166,11 @@ class Checkpoint:
     read_layer: Callable[[str], Layer] = field(repr=False)
     plain_linears: tuple[str, ...] = ()
     int8_linears: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> dict[str, flux_names.Source]:
+        """Stock module name -> stored layer(s), in model order."""
+        return self.config.layers(self.plain_linears, self.int8_linears)
 
     @property
     def rank(self) -> int:

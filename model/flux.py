@@ -32,7 +32,7 @@ from . import graph_memory
 from .graphs import Attend, BlockGraphs
 from .held import Held
 from .kept_weights import KeptWeights
-from .layout_svdq import SVDQInt4Layout, SVDQInt8Layout, compute_type, int8_weight, packed_awq
+from .layout_svdq import SVDQInt4Layout, branchless, compute_type, linear_branchless
 from .ops import QuantizedLinear, is_quantized
 from .slots import resident, unpin
 
@@ -139,10 +139,7 @@ class _Weights:
     def modulate(self, vec: Tensor) -> tuple[Tensor, ...]:
         """What the block's modulation layers make of vec T [B, hidden], if ``modulates``."""
         vec = nn.functional.silu(vec)
-        return tuple(
-            (self._layers.linear_w8a8 if isinstance(held[0], W8A8) else self._layers.linear_awq)(vec, *held)
-            for held in self._modulations
-        )
+        return tuple(linear_branchless(self._layers, vec, *held) for held in self._modulations)
 
     @contextlib.contextmanager
     def use(self, name: str, copied: bool = False) -> Iterator[tuple[tuple[PackedW4A4, ...], Tensor | None]]:
@@ -180,10 +177,7 @@ def _hold_modulation(
     ):
         return None
     there = resident(linear, x.device, pins)
-    if there is None:
-        return None
-    view = int8_weight if weight._layout_cls == SVDQInt8Layout.__name__ else packed_awq
-    return view(there[0]._qdata, there[0]._params), there[1], linear.factors(x)
+    return None if there is None else (branchless(there[0]), there[1], linear.factors(x))
 
 
 def _is_replaced(module: nn.Module) -> bool:

@@ -187,6 +187,20 @@ def int8_weight(qdata: Tensor, params: Int8Params) -> W8A8:
     return W8A8(qdata, params.scale, params.smooth)
 
 
+def branchless(weight: QuantizedTensor) -> PackedAWQ | W8A8:
+    """The weight of a linear that has no low-rank branch, sharing its memory."""
+    view = int8_weight if isinstance(weight._params, Int8Params) else packed_awq
+    return view(weight._qdata, weight._params)
+
+
+def linear_branchless(
+    layers: Any, x: Tensor, weight: PackedAWQ | W8A8, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None
+) -> Tensor | None:
+    """``layers``' linear with such a weight: see kernels.layers.Layers."""
+    compute = layers.linear_w8a8 if isinstance(weight, W8A8) else layers.linear_awq
+    return compute(x, weight, bias, lora)
+
+
 def compute_type(weight: QuantizedTensor) -> torch.dtype:
     """The 16-bit type in which a weight takes its activations."""
     params = weight._params

@@ -29,10 +29,10 @@ from .layout_svdq import (
     SVDQAwqLayout,
     SVDQInt4Layout,
     SVDQInt8Layout,
+    branchless,
     compute_type,
     dequantize,
-    int8_weight,
-    packed_awq,
+    linear_branchless,
     packed_parts,
     smooths_alike,
 )
@@ -413,10 +413,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             y = compute.linear_parts_w4a4(rows, parts, weight._params.axis, bias)
         else:
             lora_factors = None if columns is None else self._kept_factors(columns)
-            if weight._layout_cls == SVDQInt8Layout.__name__:
-                y = compute.linear_w8a8(rows, int8_weight(weight._qdata, weight._params), bias, lora_factors)
-            else:
-                y = compute.linear_awq(rows, packed_awq(weight._qdata, weight._params), bias, lora_factors)
+            y = linear_branchless(compute, rows, branchless(weight), bias, lora_factors)
         return None if y is None else y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
     def _dense(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.int4 import GROUP, W4A4
-from ..loaders import flux_names
 from ..loaders.flux_names import AWQSource, Int8Source, PlainSource, Source, W4A4Source
 from ..loaders.nunchaku import awq_leaves, int8_leaves, swapped_halves, tensor_table, w4a4_leaves
 from ..loaders.safetensors_file import problem
@@ -67,15 +66,10 @@ class _Part:
     has_bias: bool
 
 
-def layers_of(config: FluxConfig, plain: Collection[str] = (), int8: Collection[str] = ()) -> dict[str, Source]:
-    """plain, int8: stock names of linears that are in 16 bits and in INT8, instead of four bits."""
-    return flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed, plain, int8)
-
-
 def units_of(config: FluxConfig, kept: Exceptions = _NONE) -> list[Unit]:
     """All units in model order; the layers that are in 16 bits in every file are one, the first."""
     grouped: dict[str, dict[str, Source]] = {PLAIN_UNIT: {}}
-    for name, source in layers_of(config, kept.plain, kept.int8).items():
+    for name, source in config.layers(kept.plain, kept.int8).items():
         unit = name
         if isinstance(source, PlainSource) and name not in kept.plain:
             unit = PLAIN_UNIT
@@ -89,7 +83,7 @@ def units_of(config: FluxConfig, kept: Exceptions = _NONE) -> list[Unit]:
 def specs_of(config: FluxConfig, rank: int, dtype: torch.dtype, kept: Exceptions = _NONE) -> dict[str, Spec]:
     """Stored name -> dtype and shape of every tensor of the checkpoint."""
     specs = {}
-    for name, (dtypes, shape) in tensor_table(config, layers_of(config, kept.plain, kept.int8)).items():
+    for name, (dtypes, shape) in tensor_table(config, config.layers(kept.plain, kept.int8)).items():
         free = rank if name.endswith((".lora_down", ".lora_up")) else config.hidden_size // GROUP
         specs[name] = Spec(_FIXED.get(dtypes[0], dtype), tuple(free if size is None else size for size in shape))
     return specs
@@ -101,7 +95,7 @@ def kept_by(keep_16bit: Sequence[str], keep_int8: Sequence[str], config: FluxCon
     out: the file, for errors. Raises CheckpointError for a pattern that fits none, for a linear that patterns of both
     kinds fit, and if nothing is left.
     """
-    layers = {name: source for name, source in layers_of(config).items() if not isinstance(source, PlainSource)}
+    layers = {name: source for name, source in config.layers().items() if not isinstance(source, PlainSource)}
     plain = _fitting(keep_16bit, layers, _KEEP_16BIT, out)
     int8 = _fitting(keep_int8, layers, _KEEP_INT8, out)
     both = next((name for name in layers if name in plain and name in int8), None)

@@ -20,7 +20,6 @@ from ..loaders.nunchaku import swapped_halves
 from ..loaders.safetensors_file import mapped_reader, problem, read_header
 from ..loaders.tensor_set import some
 from ..loaders.weights import AWQLinear, FluxConfig, Int8Linear, Layer, PlainLayer
-from .convert import layers_of
 from .source import check_finite, diffusers_names, stock_shapes
 
 _EXPECTED = "a LoRA for FLUX.1, as its trainer wrote it"
@@ -153,7 +152,7 @@ def _targets(config: FluxConfig) -> dict[str, _Target]:
         targets.update({f"{prefix}{name}": target for prefix in prefixes})
         targets.update({f"{prefix}{name.replace('.', '_')}": target for prefix in flat})
 
-    for stock, source in layers_of(config).items():
+    for stock, source in config.layers().items():
         if isinstance(source, PlainSource) and not source.has_bias:
             continue  # norms
         n, k = shapes[f"{stock}.weight"]

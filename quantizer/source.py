@@ -291,7 +291,7 @@ def stock_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
         "final_layer.linear": (64, h),
     }
     shapes: dict[str, tuple[int, ...]] = {}
-    layers = flux_names.all_layers(config.depth, config.depth_single_blocks, config.guidance_embed)
+    layers = config.layers()
     for name, source in layers.items():
         if isinstance(source, W4A4Source):
             shape: tuple[int, ...] = w4a4[name.rpartition(".")[2]]

@@ -13,14 +13,13 @@ from svdq.loaders import open_checkpoint
 from svdq.loaders.flux_names import W4A4Source
 from svdq.loaders.nunchaku import int8_leaves
 from svdq.quantizer import solve
-from svdq.quantizer.convert import layers_of
 
 
 def with_int8(path: Path, names: Collection[str], out: Path) -> Path:
     """``out``: the single file ``path`` with the linears ``names``, by their stock names, in INT8."""
     tensors, metadata = read_all(path)
     checkpoint = open_checkpoint(path)
-    sources = layers_of(checkpoint.config)
+    sources = checkpoint.sources
     for name in names:
         weight, bias = effective(checkpoint.layer(name), checkpoint.dtype)
         smooth = solve.smooth_factor(solve.channel_span([weight]), dtype=checkpoint.dtype)

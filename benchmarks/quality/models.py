@@ -88,7 +88,7 @@ class Models:
         self.exact = comfy.sd.load_diffusion_model_state_dict(copies, model_options={"dtype": torch.float32})
         self.half = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.bfloat16})
         self.source = GraphModel(self.half)
-        self.layers = convert.layers_of(self.source.config)
+        self.layers = self.source.config.layers()
 
     @property
     def w4a4(self) -> list[str]:
