@@ -55,7 +55,8 @@ class Editor:
         if self.find("[data-testid=template-workflows-content]"):
             return True
         if not self.find("[data-testid=dialog-overlay]"):
-            self.click("[data-testid=side-toolbar] [aria-label=Templates]")
+            # One attempt: on a first visit the page may open it in this moment, over the button.
+            self._clicked(self.find("[data-testid=side-toolbar] [aria-label=Templates]"))
         return False
 
     def graph(self) -> dict[str, Any]:
