@@ -1,7 +1,7 @@
 """``bench flux``: one step of FLUX inside ComfyUI, this pack beside ComfyUI's own formats, all in one run.
 
-benchmarks/flux.py measures; this starts it, first for the cold start with nothing compiled, then with dynamic VRAM and
-without, and puts the rows together.
+benchmarks/flux.py measures; this starts it, first for two starts of ComfyUI, with nothing compiled and with what the
+first one left in Triton's cache, then with dynamic VRAM and without, and puts the rows together.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ COLUMNS = ("run", "label", "size", "batch", "wall_ms", "spread_ms", "host_ms", "
            "lora_ms", "failed")  # fmt: skip
 _RUNS = (  # name, peers (None: all that were asked for), ComfyUI's options
     ("cold", ("ours",), ("--disable-dynamic-vram",)),
+    ("warm", ("ours",), ("--disable-dynamic-vram",)),
     ("static", None, ("--disable-dynamic-vram",)),
     ("dynamic", ("bf16", "ours", "ours-int8"), ("--enable-dynamic-vram",)),
 )
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows(args: argparse.Namespace, update: Callable[[str], None]) -> Iterator[dict]:
-    """Rows as benchmarks/flux.py describes them, each with ``run``: cold (the first start: nothing is compiled),
-    static or dynamic (VRAM), or cpu. Raises UserError."""
+    """Rows as benchmarks/flux.py describes them, each with ``run``: cold (the first start: nothing is compiled), warm
+    (the next one), static or dynamic (VRAM), or cpu. Raises UserError."""
     sizes = args.sizes.split(",")
     if not all(size.isdecimal() and int(size) > 0 and int(size) % 16 == 0 for size in sizes) or args.batch < 1:
         raise UserError(f"--sizes {args.sizes} --batch {args.batch}: expected multiples of 16 and at least one image")
@@ -61,7 +62,7 @@ def rows(args: argparse.Namespace, update: Callable[[str], None]) -> Iterator[di
                 update(f"{run}: {', '.join(wanted)}")
                 command = [sys.executable, str(ROOT / "benchmarks" / "flux.py"), str(comfyui), str(model)]
                 command += ["--peers", ",".join(wanted), "--batch", str(args.batch)]
-                command += ["--sizes", sizes[0] if run == "cold" else args.sizes, "--", *options]
+                command += ["--sizes", sizes[0] if run in ("cold", "warm") else args.sizes, "--", *options]
                 for row in script_rows(command, environ):
                     update(f"{row['label']}: {row.get('wall_ms', 'failed')}")
                     yield {"run": run, **row}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -40,6 +41,32 @@ def test_rows_of_a_tiny_model(model: Path, capsys: pytest.CaptureFixture[str]) -
     distance = {row["peer"]: row["distance"] for row in rows if row["size"] == 64 and row["peer"] != "bf16"}
     # Without a GPU ours is the dequantized model itself, in float32 instead of bf16; fp8 has another error.
     assert 0 < distance["ours"] < 0.02 < distance["fp8"]
+
+
+@pytest.mark.comfy
+def test_starts_on_a_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes for the first step, with Triton's cache empty and as the first one left it, at one size."""
+    from svdq.cli import bench_flux
+
+    started = []
+
+    def rows(command: list[str], environ: dict[str, str]):
+        asked = {name: command[command.index(f"--{name}") + 1] for name in ("peers", "sizes")}
+        started.append((*asked.values(), command[-1], environ["TRITON_CACHE_DIR"]))
+        return iter([{"label": "this pack"}])
+
+    monkeypatch.setattr(bench_flux, "has_accelerator", lambda: True)
+    monkeypatch.setattr(bench_flux, "script_rows", rows)
+    args = argparse.Namespace(model=model, sizes="64,32", batch=1, peers="bf16,ours,fp8")
+    found = [row["run"] for row in bench_flux.rows(args, lambda text: None)]
+    assert found == ["cold", "warm", "static", "dynamic"]
+    assert [start[:3] for start in started] == [
+        ("ours", "64", "--disable-dynamic-vram"),
+        ("ours", "64", "--disable-dynamic-vram"),
+        ("bf16,ours,fp8", "64,32", "--disable-dynamic-vram"),
+        ("bf16,ours", "64,32", "--enable-dynamic-vram"),
+    ]
+    assert len({start[3] for start in started}) == 1 and not Path(started[0][3]).exists()
 
 
 @pytest.mark.comfy
