@@ -175,6 +175,22 @@ def concat_lowrank(*factors: Tensor) -> Tensor:
     return torch.cat(tiles, dim=1).reshape(rows, sum(factor.shape[1] for factor in factors))
 
 
+def lowrank_up_view(proj_up: Tensor, first: int, ranks: int) -> Tensor | None:
+    """A view of columns of a packed proj_up [N, R] in natural order, [N / 16, 2, 8, ...]; their product is ``ranks``.
+
+    Only for columns that fill tiles, or are 2, 4 or 8 of one and start at a multiple of that; None for others.
+    """
+    n, r = proj_up.shape
+    whole = proj_up.view(n // 16, r // 16, 8, 4, 2, 2, 2).permute(0, 4, 2, 1, 5, 3, 6)
+    tile, start = divmod(first, 16)
+    if ranks % 16 == 0:
+        return whole[:, :, :, tile : tile + ranks // 16] if start == 0 else None
+    if ranks not in (2, 4, 8) or start % ranks:
+        return None
+    half = whole[:, :, :, tile, start // 8]
+    return half[..., start % 8 // 2 : (start % 8 + ranks) // 2, :]
+
+
 def replace_lowrank(whole: Tensor, start: int, factor: Tensor) -> None:
     """Replace the ranks from ``start`` on of a packed low-rank factor [rows, R], in place, by those of ``factor``
     [rows, R - start], packed: the inverse of taking it apart where :func:`concat_lowrank` put it together."""

@@ -1,4 +1,4 @@
-"""What fused kernels read of a linear's weight: its parts, and a LoRA's factors, in places that CUDA graphs know."""
+"""What a linear keeps of what it has made of its weight and its patches, in places that CUDA graphs know."""
 
 from __future__ import annotations
 
@@ -43,6 +43,36 @@ class Held:
         for part in self.parts:
             found += (part.qweight.data_ptr(), part.proj_down.data_ptr(), part.proj_up.data_ptr(), part.rank)
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class SortedPatches:
+    """The ``active`` patches on a weight: ``plain`` LoRAs, for columns, or ``rest``, all of them, for core."""
+
+    active: list[lora.Patch]
+    plain: list[lora.Patch]
+    rest: list[lora.Patch]
+
+
+NO_PATCHES = SortedPatches([], [], [])
+
+
+@dataclass
+class Made:
+    """What a linear has made of its weight and its patches, until those are others.
+
+    columns: of the patches ``columns_of`` · extended: low-rank factors of the weight's parts with ``columns`` ·
+    factors: those of ``columns`` for a weight without a low-rank branch · comfy_quant: and what it says.
+    Not attributes of the linear itself: nn.Module sets those twenty times as slowly.
+    """
+
+    sorted: SortedPatches | None = None
+    columns_of: SortedPatches | None = None
+    columns: lora.Columns | None = None
+    held: Held | None = None
+    extended: tuple[lora.Columns, Factors] | None = None
+    factors: tuple[lora.Columns, tuple[Tensor, Tensor]] | None = None
+    comfy_quant: tuple[dict[str, Any], Tensor] | None = None
 
 
 def in_place(old: Factors, new: Factors) -> Factors:

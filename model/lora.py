@@ -23,9 +23,10 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
-from ..kernels.layout import pack_lowrank_up, replace_lowrank
+from ..kernels.layout import lowrank_up_view, pack_lowrank_up, replace_lowrank
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,14 @@ _FIRST_NOT_FINITE = {  # (integers of the same size, the least positive one that
     torch.float8_e5m2: (torch.int8, 0x7C),
 }
 
+_finite = WeakTensorKeyDictionary()  # tensors of LoRA files that were found finite: their versions, where they have one
+
 
 def refuse_damaged(patches: Mapping[Any, Any]) -> None:
     """Raise ValueError, one line, if a LoRA file's ``patches``, as ModelPatcher.add_patches takes them, are not finite.
 
     ComfyUI would add them, and make black pictures without a word. Of a full-size FLUX LoRA of rank 16 this reads 77
-    million values: 15 ms.
+    million values: 15 ms, once: ComfyUI's loaders keep the file's tensors, and add them again for each strength.
     """
     damaged = [key for key, value in patches.items() if not all(map(_is_finite, _values_of(value)))]
     if damaged:
@@ -71,6 +74,16 @@ def _is_finite(value: Tensor | float) -> bool:
         return math.isfinite(value)
     if not value.is_floating_point() or not value.numel():
         return True
+    version = None if value.is_inference() else value._version
+    if value in _finite and _finite[value] == version:
+        return True
+    finite = _looks_finite(value)
+    if finite:
+        _finite[value] = version
+    return finite
+
+
+def _looks_finite(value: Tensor) -> bool:
     known = _FIRST_NOT_FINITE.get(value.dtype)
     if known is None or value.device.type != "cpu":
         return bool(value.float().isfinite().all())
@@ -199,7 +212,7 @@ class Columns:
         """The columns that are not zero in rows (axis 0) or inputs (axis 1) from start to stop; no GPU is asked."""
         slices, first = [], 0
         for rank, offset in self.spans:
-            if offset is None or offset[0] != axis or (offset[1] < stop and start < offset[1] + offset[2]):
+            if _touches(offset, axis, start, stop):
                 if slices and slices[-1].stop == first:
                     slices[-1] = slice(slices[-1].start, first + rank)
                 else:
@@ -253,9 +266,43 @@ def change_strengths(
 
     In place; None for a part that has none of the columns.
     """
+    direct = _in_place(parts, axis, columns, proj_ups)
+    if direct is not None:  # a fifth of the time
+        for place, up, scale in direct:
+            torch.mul(up, scale, out=place)  # in float32, and rounded once, as in scaled_up
+        return
     for (part, _, up), proj_up in zip(_by_part(parts, axis, columns), proj_ups, strict=True):
         if up is not None:
             replace_lowrank(proj_up, part.rank, pack_lowrank_up(up.to(proj_up.dtype)))
+
+
+def _in_place(
+    parts: tuple[PackedW4A4, ...], axis: int, columns: Columns, proj_ups: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor, float]] | None:
+    """(place in a part's proj_up, what goes there, by what it is multiplied) of all patches; None if one of them does
+    not lie in it as it is."""
+    found, start = [], 0
+    for part, proj_up in zip(parts, proj_ups, strict=True):
+        size, origin = (part.n, start) if axis == 0 else (part.k, 0)
+        first = part.rank
+        for up, scale, (rank, offset) in zip(columns.ups, columns.scales, columns.spans, strict=True):
+            if not _touches(offset, axis, start, start + size):
+                continue
+            place = lowrank_up_view(proj_up, first, rank)
+            base = offset[1] if offset is not None and offset[0] == 0 else 0  # row of the weight that up begins with
+            low, high = max(base, origin), min(base + len(up), origin + part.n)
+            if place is None or up.dtype not in (proj_up.dtype, torch.float32) or any((low % 16, high % 16)):
+                return None
+            place = place[(low - origin) // 16 : (high - origin) // 16]
+            found.append((place, up[low - base : high - base].reshape(place.shape), scale))
+            first += rank
+        start += size
+    return found
+
+
+def _touches(offset: tuple[int, int, int] | None, axis: int, start: int, stop: int) -> bool:
+    """Whether a patch with this offset changes rows (axis 0) or inputs (axis 1) from start to stop."""
+    return offset is None or offset[0] != axis or (offset[1] < stop and start < offset[1] + offset[2])
 
 
 def _by_part(

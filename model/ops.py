@@ -12,7 +12,6 @@ import dataclasses
 import json
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.ops
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ..kernels import Backend
 from ..kernels.int4 import RANK_MULTIPLE, PackedW4A4
 from . import lora
-from .held import Factors, Held, in_place, writable
+from .held import NO_PATCHES, Held, Made, SortedPatches, in_place, writable
 from .layout_svdq import (
     STATE_SUFFIXES,
     SVDQAwqLayout,
@@ -77,12 +76,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self.slots = {"weight": PatchSlots(), "bias": PatchSlots()}
         self._trials = {name: lora.Trials() for name in self.slots}
         self._functions = {name: Functions(self, name) for name in self.slots}
-        self._sorted: _SortedPatches | None = None
-        self._columns: lora.Columns | None = None
-        self._columns_of: _SortedPatches | None = None
-        self._held: Held | None = None
-        self._extended: tuple[lora.Columns, Factors] | None = None
-        self._factors: tuple[lora.Columns, tuple[Tensor, Tensor]] | None = None
+        self._made = Made()
         self._origin = Origin()
         self.staged: Staged | None = None  # set by patcher.py
         self._one_input = False  # whether both parts of the weight smooth their common input alike
@@ -179,8 +173,11 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     @property
     def comfy_quant(self) -> Tensor:
         """JSON of the weight's non-tensor fields as uint8, ComfyUI's convention for a quantized layer."""
-        description = self.weight.layout_cls.describe(self.weight._params)
-        return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+        description, known = self.weight.layout_cls.describe(self.weight._params), self._made.comfy_quant
+        if known is None or known[0] != description:  # a change of a LoRA's strength asks for the state dict twice
+            tensor = torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+            self._made.comfy_quant = known = (description, tensor)
+        return known[1]
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
         """Core's way to a dense weight, for merges and exports."""
@@ -197,7 +194,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         for name, parameter in self._parameters.items():
             moved = None if parameter is None else self._origin.moved(parameter, fn)
             if moved is not parameter:
-                self._held = None  # or the weight would stay where it was, too
+                self._made.held = None  # or the weight would stay where it was, too
                 inner = moved._qdata if isinstance(moved, QuantizedTensor) else moved
                 # ComfyUI loads in inference mode and may unload outside of it, where such tensors are no parameters.
                 with torch.inference_mode(inner.is_inference()):
@@ -213,15 +210,15 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         shape = (self.out_features, self.in_features) if name == "weight" else (self.out_features,)
         return self._trials[name].usable(self.slots[name].active(), self.slots[name].key, shape)
 
-    def _sort_patches(self) -> _SortedPatches:
+    def _sort_patches(self) -> SortedPatches:
         """The patches on the weight, by who applies them."""
-        slots, known = self.slots["weight"], self._sorted
+        slots, known = self.slots["weight"], self._made.sorted
         if slots.empty:
-            if known is not _NO_PATCHES:
+            if known is not NO_PATCHES:
                 for name in self.slots:
                     self._patches(name)  # forgets what it knew of others
-                self._sorted = _NO_PATCHES
-            return _NO_PATCHES
+                self._made.sorted = NO_PATCHES
+            return NO_PATCHES
         active = slots.active()
         if known is not None and len(active) == len(known.active) and all(map(operator.is_, active, known.active)):
             return known
@@ -230,20 +227,20 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         if rest:
             # Their order among plain LoRAs can matter (a merge scales what came before): core does all of them. Which
             # of them fit is found out when they are applied.
-            self._sorted = None
-            return _SortedPatches(active, [], patches)
-        self._sorted = _SortedPatches(active, [patch for patch in patches if patch[0] != 0.0], [])
-        return self._sorted
+            self._made.sorted = None
+            return SortedPatches(active, [], patches)
+        self._made.sorted = SortedPatches(active, [patch for patch in patches if patch[0] != 0.0], [])
+        return self._made.sorted
 
     def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
-        patches, columns = self._sort_patches(), self._columns
+        patches, made = self._sort_patches(), self._made
+        columns = made.columns
         if not patches.plain:
             columns = None
-        elif self._columns_of is not patches or columns.down.device != x.device or columns.down.dtype != x.dtype:
+        elif made.columns_of is not patches or columns.down.device != x.device or columns.down.dtype != x.dtype:
             shape = (self.out_features, self.in_features)
             columns = lora.build_columns(patches.plain, shape, x.device, x.dtype, columns)
-        if self._columns_of is not patches or columns is not self._columns:  # setting them takes as long as all this
-            self._columns_of, self._columns = patches, columns
+        made.columns_of, made.columns = patches, columns
         return columns, patches.rest
 
     # ---- forward
@@ -338,16 +335,16 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def hold(self, weight: QuantizedTensor, bias: Tensor | None, x: Tensor) -> Held:
         """:meth:`parts` of a weight that stays on x's device, and its bias: the same object until something changes."""
-        held, columns = self._held, self._split_patches(x)[0]
+        held, columns = self._made.held, self._split_patches(x)[0]
         if held is None or held.weight is not weight or held.bias is not bias or held.columns is not columns:
-            self._held = held = Held(weight, bias, columns, self.parts(weight, x))
+            self._made.held = held = Held(weight, bias, columns, self.parts(weight, x))
         return held
 
     def _with_columns(self, parts: tuple[PackedW4A4, ...], columns: lora.Columns | None) -> tuple[PackedW4A4, ...]:
         if columns is None:
-            self._extended = None
+            self._made.extended = None
             return parts
-        known, axis = self._extended, self.weight._params.axis
+        known, axis = self._made.extended, self.weight._params.axis
         if known is None or known[0] is not columns:
             # In the place of another strength's or LoRA's: CUDA graphs that read them stay right.
             if known is not None and known[0].key == columns.key and all(writable(f[1]) for f in known[1] if f):
@@ -360,10 +357,10 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
                     for part, own in zip(lora.extend_parts(parts, axis, columns), parts, strict=True)
                 ]
                 factors = factors if known is None else in_place(known[1], factors)
-            self._extended = (columns, factors)
+            self._made.extended = known = (columns, factors)
         return tuple(
             part if factors is None else dataclasses.replace(part, proj_down=factors[0], proj_up=factors[1])
-            for part, factors in zip(parts, self._extended[1], strict=True)
+            for part, factors in zip(parts, known[1], strict=True)
         )
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -372,17 +369,19 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         Those of another strength or LoRA are where the ones before were, if they fit.
         """
         columns = self._split_patches(x)[0]
-        if columns is None and self._factors is not None:  # setting it takes as long as all this
-            self._factors = None
-        return None if columns is None else self._kept_factors(columns)
+        if columns is None:
+            self._made.factors = None
+            return None
+        return self._kept_factors(columns)
 
     def _kept_factors(self, columns: lora.Columns) -> tuple[Tensor, Tensor]:
-        if self._factors is None or self._factors[0] is not columns:
+        known = self._made.factors
+        if known is None or known[0] is not columns:
             new = [(columns.down, columns.scaled_up())]
-            if self._factors is not None:
-                new = in_place([self._factors[1]], new)
-            self._factors = (columns, new[0])
-        return self._factors[1]
+            if known is not None:
+                new = in_place([known[1]], new)
+            self._made.factors = known = (columns, new[0])
+        return known[1]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns, rest = self._split_patches(x)
@@ -442,18 +441,6 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             # Such a patch is another model's parameter: the patch is its distance to this one.
             options["original_weights"] = {key: [(value.clone(),)]}
         return self._trials[name].apply(patches, value, key, **options)
-
-
-@dataclass(frozen=True)
-class _SortedPatches:
-    """The ``active`` patches on a weight: ``plain`` LoRAs, for columns, or ``rest``, all of them, for core."""
-
-    active: list[lora.Patch]
-    plain: list[lora.Patch]
-    rest: list[lora.Patch]
-
-
-_NO_PATCHES = _SortedPatches([], [], [])
 
 
 def _inner_tensor(suffix: str) -> property:

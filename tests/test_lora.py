@@ -91,3 +91,36 @@ def test_another_strength_in_place_is_that_strength_from_the_start(comfy, axis: 
         assert torch.equal(new.proj_down, fresh.proj_down) and torch.equal(new.proj_up, fresh.proj_up)
         assert new.proj_up.data_ptr() == place
     assert torch.equal(after.up, columns(-0.7, 0.9).up)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("ranks", [(2,), (4,), (8,), (16,), (48,), (16, 8), (32, 16, 4), (16, 1), (4, 16), (8, 8)])
+def test_strengths_are_written_where_they_go(
+    comfy, axis: int, dtype: torch.dtype, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without packing anything anew where a LoRA's columns fill tiles or a part of one; the same bits anyway."""
+    from svdq.model import lora
+
+    parts = (part(256, 128, 16), part(128, 128, 32)) if axis == 0 else (part(128, 128, 16), part(128, 256, 32, True))
+    n, k = (384, 128) if axis == 0 else (128, 384)
+    generator = torch.Generator().manual_seed(sum(ranks))
+    offsets = [None, (0, 32, 64), (1, 0, 64)][: len(ranks)]
+    ups = tuple(
+        torch.randn(n if offset is None or offset[0] else offset[2], rank, generator=generator).to(dtype)
+        for rank, offset in zip(ranks, offsets, strict=True)
+    )
+    down = torch.randn(sum(ranks), k, generator=generator).half()
+
+    def columns(*scales: float) -> lora.Columns:
+        return lora.Columns((), scales, down, ups, tuple(zip(ranks, offsets, strict=True)), n)
+
+    packed = []
+    pack = lora.pack_lowrank_up
+    monkeypatch.setattr(lora, "pack_lowrank_up", lambda up: packed.append(1) or pack(up))
+    changed = lora.extend_parts(parts, axis, columns(*[0.3] * len(ranks)))
+    scales = [-0.7, 1.1, 0.37][: len(ranks)]
+    lora.change_strengths(parts, axis, columns(*scales), [new.proj_up for new in changed])
+    for new, fresh in zip(changed, lora.extend_parts(parts, axis, columns(*scales)), strict=True):
+        assert torch.equal(new.proj_up, fresh.proj_up)
+    assert bool(packed) == (dtype == torch.bfloat16 or ranks in [(16, 1), (4, 16)])

@@ -354,6 +354,29 @@ def test_only_what_is_not_finite_is_found(dtype: torch.dtype, env: SimpleNamespa
         assert not _is_finite(row) and not _is_finite(row[1::2]), value
 
 
+def test_values_are_read_once(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every strength; but again when they have changed."""
+    from svdq.model import lora as model_lora
+
+    read = []
+    looks_finite = model_lora._looks_finite
+    monkeypatch.setattr(model_lora, "_looks_finite", lambda value: read.append(value) or looks_finite(value))
+    base, lora = env.pair("dev")[0], kind(env, "LoRA")
+    for strength in (0.8, 0.3):
+        with_lora(base, lora, strength)
+        assert len(read) == sum(".lora_" in key for key in lora)
+    key = next(key for key in lora if ".lora_" in key)
+    lora[key][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="found NaN or infinite values"):
+        with_lora(base, lora)
+    with torch.inference_mode():  # in which ComfyUI's nodes run, and where tensors have no versions
+        inner = {key: tensor.nan_to_num(0.1) for key, tensor in lora.items()}
+        read.clear()
+        for strength in (0.8, 0.3):
+            with_lora(base, inner, strength)
+        assert len(read) == sum(".lora_" in key for key in lora)
+
+
 def test_a_hook_with_values_that_are_not_finite_is_refused(env: SimpleNamespace) -> None:
     """A hook of a LoRA with NaN is refused when sampling starts; the next run is as before."""
     import comfy.hooks
