@@ -94,6 +94,24 @@ def _looks_finite(value: Tensor) -> bool:
     return bits.max() < first and bits.view(f"u{bits.itemsize}").max() < first + (1 << 8 * bits.itemsize - 1)
 
 
+def has_effect(patch: Patch) -> bool:
+    """Whether a patch changes a weight: a merge at a ratio of 1 and a LoRA at strength 0 do not, and would keep a layer
+    from its kernels."""
+    strength, value, strength_model, _, function = patch
+    if strength_model != 1.0:
+        return True
+    if isinstance(value, LoRAAdapter) and value.weights[5] is None and not len(value.weights[1]):
+        return False  # of rank 0
+    if strength != 0.0 or function is not None:
+        return True
+    if isinstance(value, WeightAdapterBase):
+        return isinstance(value, LoRAAdapter) and value.weights[5] is not None  # it makes the weight larger
+    if isinstance(value, list) or len(value) == 1:
+        return False
+    kind, content = value
+    return kind != "model_as_lora" and (kind != "diff" or len(content) > 1)
+
+
 def is_plain(patch: Patch, shape: tuple[int, int]) -> bool:
     """Whether a patch is a LoRA that low-rank columns express exactly, for a weight of ``shape`` [N, K]."""
     _, value, strength_model, _, function = patch
@@ -117,6 +135,18 @@ def rank_of(patch: Patch) -> int:
     return patch[1].weights[1].shape[0]
 
 
+def originals(patches: Sequence[Patch], value: Tensor, key: str) -> dict[str, Any]:
+    """Options of ``comfy.lora.calculate_weight`` for patches on ``value`` that are another model's parameter: what they
+    add is its distance to this one."""
+    models = any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches)
+    return {"original_weights": {key: [(value.clone(),)]}} if models else {}
+
+
+def apply(patches: Sequence[Patch], value: Tensor, key: str) -> Tensor:
+    """The dense parameter ``value``, which may be changed in place, with ``patches`` by ComfyUI's own arithmetic."""
+    return comfy.lora.calculate_weight(patches, value, key, **originals(patches, value, key))
+
+
 class Trials:
     """Which patches of one parameter can be applied.
 
@@ -128,7 +158,9 @@ class Trials:
         self._known: dict[int, tuple[Any, bool]] = {}  # id of a patch's value: (the value, whether it can be applied)
 
     def usable(self, patches: list[Patch], key: str, shape: tuple[int, ...]) -> list[Patch]:
-        """``patches`` of a parameter of ``shape`` without those that are known not to fit; forgets all others."""
+        """Those ``patches`` of a parameter of ``shape`` that have an effect and are not known not to fit; forgets all
+        others."""
+        patches = [patch for patch in patches if has_effect(patch)]
         if not patches:
             self._known.clear()
             return patches

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.ops
@@ -190,6 +190,14 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         shift = dequantize(self.weight, self.weight.dtype)[1]
         return bias.float() + shift.to(bias.device)
 
+    def patched(self, name: str, patches: Sequence[lora.Patch], key: str, device: torch.device) -> Tensor:
+        """The dense parameter ``name`` with ``patches``, as core knows them under ``key``: float32, on ``device``."""
+        if name == "weight":
+            dense = dequantize(self.weight.to(device), torch.float32)[0]
+        else:
+            dense = self.convert_bias(self.bias).to(device, torch.float32, copy=True)
+        return lora.apply(patches, dense, key)
+
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         for name, parameter in self._parameters.items():
             moved = None if parameter is None else self._origin.moved(parameter, fn)
@@ -229,7 +237,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             # of them fit is found out when they are applied.
             self._made.sorted = None
             return SortedPatches(active, [], patches)
-        self._made.sorted = SortedPatches(active, [patch for patch in patches if patch[0] != 0.0], [])
+        self._made.sorted = SortedPatches(active, patches, [])
         return self._made.sorted
 
     def _split_patches(self, x: Tensor) -> tuple[lora.Columns | None, list[lora.Patch]]:
@@ -283,7 +291,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def has_plain_patches(self) -> bool:
         """Whether there are no patches but LoRAs that columns express."""
-        return self.slots["bias"].empty and not self._sort_patches().rest
+        return (self.slots["bias"].empty or not self._patches("bias")) and not self._sort_patches().rest
 
     def plain(self, dtype: torch.dtype) -> bool:
         """Whether fused kernels can take this linear with activations of ``dtype``: SVDQuant, no patches but plain
@@ -437,9 +445,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def _patched(self, name: str, patches: list[lora.Patch], value: Tensor, **options: Any) -> Tensor:
         """The dense parameter ``name`` with patches; ``value`` may be changed in place."""
         key = self.slots[name].key
-        if any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
-            # Such a patch is another model's parameter: the patch is its distance to this one.
-            options["original_weights"] = {key: [(value.clone(),)]}
+        options |= lora.originals(patches, value, key)
         return self._trials[name].apply(patches, value, key, **options)
 
 

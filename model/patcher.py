@@ -92,7 +92,36 @@ class _LoraMixin:
         return super().add_hook_patches(hook, patches, *args, **kwargs)
 
 
-class SVDQModelPatcher(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
+class _DenseMixin:
+    """Gives nodes that look at patched parameters those of the dense model: ComfyUI's Extract and Save Lora does."""
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        found = super().model_state_dict(filter_prefix)
+        # What core itself measures and saves is the whole, as stored.
+        return found if filter_prefix is None else _DenseStates(found, self)
+
+    def _dense(self, key: str, device: torch.device | None) -> torch.Tensor:
+        """A parameter that a Linear patches itself: dense, patched, float32."""
+        name, _, leaf = key.rpartition(".")
+        module = comfy.utils.get_attr(self.model, name)
+        return module.patched(leaf, self.patches.get(key, ()), key, device or module.weight.device)
+
+
+class _DenseStates(dict):
+    """A state dict whose parameters that Linears patch themselves are made dense, and patched, when they are asked for:
+    all together they would take 24 GB."""
+
+    def __init__(self, states: dict[str, Any], patcher: _DenseMixin):
+        super().__init__(states)
+        self._patcher = patcher
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        patcher = self._patcher
+        return value if slots_of(patcher.model, key) is None else patcher._dense(key, patcher.load_device)
+
+
+class SVDQModelPatcher(_KeptMixin, _LoraMixin, _DenseMixin, SaveMixin, comfy.model_patcher.ModelPatcher):
     """The patcher without dynamic VRAM."""
 
     _dying = False  # while Python deletes the patcher
@@ -179,7 +208,7 @@ class SVDQModelPatcher(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_patcher.Mo
         if slots is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
         if return_weight:
-            return comfy.utils.get_attr(self.model, key)
+            return self._dense(key, device_to)
         slots.resident = comfy.model_patcher.LowVramPatch(key, self.patches) if key in self.patches else None
         return None
 
@@ -254,7 +283,7 @@ class SVDQModelPatcher(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_patcher.Mo
         super().unpatch_hooks(whitelist_keys_set)
 
 
-class SVDQModelPatcherDynamic(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
+class SVDQModelPatcherDynamic(_KeptMixin, _LoraMixin, _DenseMixin, SaveMixin, comfy.model_patcher.ModelPatcherDynamic):
     """The patcher with dynamic VRAM."""
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
@@ -301,9 +330,9 @@ class SVDQModelPatcherDynamic(_KeptMixin, _LoraMixin, SaveMixin, comfy.model_pat
         slots = slots_of(self.model, key)
         if slots is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
-        parameter = comfy.utils.get_attr(self.model, key)
         if return_weight:
-            return parameter
+            return self._dense(key, device_to)
+        parameter = comfy.utils.get_attr(self.model, key)
         # Called for modules that core loads for good because they are tiny (1938): moved, not dequantized.
         if key not in self.backup:
             self.backup[key] = _Backup(parameter, False)

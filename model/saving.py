@@ -12,7 +12,6 @@ import logging
 from collections import defaultdict
 from typing import Any
 
-import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from comfy.weight_adapter.base import WeightAdapterBase
@@ -52,7 +51,7 @@ class SaveMixin:
             bias_key = f"{prefix}{name}.bias"
             bias_patches = self.patches.get(bias_key, [])
             for patch in weight_patches:
-                if not lora.is_plain(patch, (module.out_features, module.in_features)) and _has_effect(patch):
+                if not lora.is_plain(patch, (module.out_features, module.in_features)) and lora.has_effect(patch):
                     left_out[_kind(patch[1])].append(name)
             for leaf, tensor in _with_lora(module, weight_patches).items():
                 saved[f"{name}.{leaf}"] = tensor
@@ -62,14 +61,15 @@ class SaveMixin:
                 bias = self.patch_weight_to_device(bias_key, device_to=self.load_device, return_weight=True)
                 saved[f"{name}.bias"] = bias.detach().cpu()
         if left_out:
-            log.warning("SVDQ FLUX: the saved model is without %s", _listed(left_out))
+            remedy = "; to keep a merge, merge models in 16 bits and quantize the result" if "merge" in left_out else ""
+            log.warning("SVDQ FLUX: the saved model is without %s%s", _listed(left_out), remedy)
         return saved
 
 
 def _with_lora(module: QuantizedLinear, patches: list[lora.Patch]) -> dict[str, Tensor]:
     """Leaf -> tensor, for what plain LoRAs change in the saved form of a layer. On the CPU."""
     weight, shape = module.weight, (module.out_features, module.in_features)
-    plain = [patch for patch in patches if patch[0] != 0.0 and lora.is_plain(patch, shape)]
+    plain = [patch for patch in patches if lora.has_effect(patch) and lora.is_plain(patch, shape)]
     if not plain:
         return {}
     if weight._layout_cls == SVDQInt4Layout.__name__:
@@ -91,14 +91,7 @@ def _patched_bias(module: QuantizedLinear, patches: list[lora.Patch], key: str) 
     """float32 [N] on the CPU: the stored bias of a layer whose dense bias has ``patches``."""
     dense = module.convert_bias(module.bias)
     shift = dense - module.bias.float()
-    options = {}
-    if any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches):
-        options["original_weights"] = {key: [(dense.clone(),)]}
-    return (comfy.lora.calculate_weight(patches, dense.clone(), key, **options) - shift).cpu()
-
-
-def _has_effect(patch: lora.Patch) -> bool:
-    return patch[0] != 0.0 or patch[2] != 1.0
+    return (lora.apply(patches, dense.clone(), key) - shift).cpu()
 
 
 def _kind(value: Any) -> str:

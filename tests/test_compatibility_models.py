@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import compatibility_env
 import pytest
 import torch
-from compatibility_env import ROUNDED_LIMIT, case, check, names, node, sample
+from compatibility_env import LIMIT, ROUNDED_LIMIT, case, check, names, node, sample
 from flux_models import relative
-from lora_files import lora_file, with_lora
+from lora_files import FAMILIES, LAYERS, lora_file, with_lora
 
 pytestmark = pytest.mark.comfy
 
@@ -184,3 +185,64 @@ def _(model, env):
 @pytest.mark.parametrize("name", names(__name__))
 def test_same_latent_as_the_dense_model(name: str, env: SimpleNamespace) -> None:
     check(name, env)
+
+
+def test_patches_without_effect(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges at a ratio of 1 and hooks at strength 0 leave layers to their kernels: the same bits with INT4"""
+    import comfy.hooks
+
+    from svdq.model import load_flux
+
+    krea = env.pair("krea")[0]
+    monkeypatch.setenv("SVDQ_BACKEND", "int4-reference")
+    model = load_flux(str(env.folder / "dev.safetensors"))
+    expected = sample(model, env)
+    assert not torch.equal(expected, env.plain("dev"))
+    assert torch.equal(sample(node("model_merging", "ModelMergeSimple", model, krea, 1.0), env), expected)
+    hooks = comfy.hooks.create_hook_lora(lora_file(env, FAMILIES["LoHa"]), 0.0, 0.0)
+    positive = node("hooks", "ConditioningSetProperties", env.prompt, 1.0, "default", hooks=hooks)
+    assert torch.equal(sample(model, env, positive), expected)
+
+
+@pytest.mark.parametrize("form", ["standard", "full_diff"])
+def test_extracted_loras(form: str, env: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extract and Save Lora of ModelSubtract: the LoRA that was added, as with a 16-bit model"""
+    import folder_paths
+    from comfy_extras.nodes_lora_extract import LoraSave
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    found = []
+    for number, model in enumerate(env.pair("dev")):
+        tuned = with_lora(model, lora_file(env, FAMILIES["LoRA with bias"]), 0.7)
+        difference = node("model_merging", "ModelSubtract", tuned, model, 1.0)
+        LoraSave.execute(f"{number}", 8, form, True, model_diff=difference)
+        (path,) = tmp_path.glob(f"{number}_*")
+        found.append(load_file(path))
+    quantized, dense = found
+    assert quantized.keys() == dense.keys()
+    for name in LAYERS:
+        up, down = (f"diffusion_model.{name}.lora_{leaf}.weight" for leaf in ("up", "down"))
+        key = f"diffusion_model.{name}.diff"
+        deltas = [file[key] if form == "full_diff" else file[up].float() @ file[down].float() for file in found]
+        assert deltas[1].std() > 1e-4
+        assert relative(*deltas) < 2e-3, name  # files are in float16
+        biases = [file[f"diffusion_model.{name}.diff_b"].float() for file in found]
+        assert biases[1].std() > 0.01
+        assert relative(*biases) < 1e-2, name  # ComfyUI rounds what it adds to a bias to 16 bits
+
+
+def test_what_nodes_see_of_a_model_that_is_not_loaded(env: SimpleNamespace) -> None:
+    # ComfyUI asks for each parameter of a layer that is off the GPU, and for all of those on it: dense either way.
+    quantized, dense = (with_lora(model, lora_file(env, FAMILIES["LoHa"]), 0.7) for model in env.pair("dev"))
+    for model in (quantized, dense):
+        model.unpatch_model()
+    states, device = quantized.model_state_dict(filter_prefix="diffusion_model."), torch.device("cpu")
+    for name in LAYERS:
+        key = f"diffusion_model.{name}.weight"
+        expected = dense.patch_weight_to_device(key, device, return_weight=True)
+        assert relative(quantized.patch_weight_to_device(key, device, return_weight=True), expected) < LIMIT
+        assert relative(states[key], expected) < LIMIT
+        assert states[key].shape == expected.shape and f"{key}_scale" in states
+    assert states["diffusion_model.img_in.weight"].dtype == torch.bfloat16
+    assert quantized.model_state_dict()[key].dtype == torch.int8, "core sums up what is stored"

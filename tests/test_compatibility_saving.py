@@ -9,7 +9,7 @@ from typing import Any
 import compatibility_env
 import pytest
 import torch
-from compatibility_env import LIMIT, sample
+from compatibility_env import LIMIT, node, sample
 from files import read_all, save_as_comfyui
 from flux_models import relative
 from lora_files import FAMILIES, LAYERS, PLAIN_LAYERS, bfl_control_lora, logged, lora_file, named_lora, with_lora
@@ -170,6 +170,16 @@ def test_patches_that_cannot_be_saved_are_named(env: SimpleNamespace, tmp_path: 
     ]
     rest = with_lora(env.pair("dev")[0], lora_file(env, FAMILIES["full difference"], PLAIN_LAYERS), 0.5)
     assert relative(sample(again, env), sample(with_lora(rest, in_bf16(lora_file(env)), 0.5), env)) <= LIMIT
+
+
+def test_a_merge_that_cannot_be_saved_says_what_can_be_done(env: SimpleNamespace, tmp_path: Path) -> None:
+    # A file with the merge in its 16-bit layers alone is neither model.
+    merged = node("model_merging", "ModelMergeSimple", env.pair("dev")[0], env.pair("krea")[1], 0.5)
+    with logged() as messages:
+        save(merged, tmp_path)
+    (message,) = messages
+    assert message.startswith("SVDQ FLUX: the saved model is without merge on 26 quantized layers (")
+    assert message.endswith("...); to keep a merge, merge models in 16 bits and quantize the result")
 
 
 def test_checkpoint_save_with_a_vae(env: SimpleNamespace, tmp_path: Path) -> None:

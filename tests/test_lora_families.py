@@ -63,6 +63,38 @@ def test_another_strength_needs_no_fresh_model(name: str, env: SimpleNamespace) 
         assert torch.equal(sample(with_lora(base, lora, 0.0), env), env.plain("dev"))
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_patches_without_effect_are_known(name: str, strength: float, env: SimpleNamespace) -> None:
+    # Those that leave a weight as it is in ComfyUI's own arithmetic. At strength 0 that is all but ``set``.
+    import comfy.lora
+
+    from svdq.model.lora import has_effect
+
+    quantized, dense = env.pair("dev")
+    leaf = "bias" if name == "bias difference" else "weight"
+    key = f"diffusion_model.{LAYERS[1]}.{leaf}"
+    patches = with_lora(quantized, kind(env, name, layers=LAYERS[1:2])).patches[key]
+    shape = dense.model.get_parameter(key).shape
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for patch in patches:
+        patch = (strength, *patch[1:])
+        changed = not torch.equal(comfy.lora.calculate_weight([patch], weight.clone(), key), weight)
+        assert has_effect(patch) == changed == (strength != 0.0 or name == "set")
+        for other in ((strength, patch[1], 0.5, *patch[3:]), (strength, [(weight, None), patch], 0.5, *patch[3:])):
+            assert has_effect(other), "the weight itself is scaled"
+    merge = (0.0, [(weight, lambda value, **options: value)], 1.0, None, None)
+    assert not has_effect(merge) and torch.equal(comfy.lora.calculate_weight([merge], weight.clone(), key), weight)
+
+
+def test_a_lora_of_rank_0_is_none(env: SimpleNamespace) -> None:
+    """A LoRA of rank 0 on a layer, as trainers write it for one that they left out, does nothing."""
+    base, lora = env.pair("dev")[0], kind(env, "LoRA")
+    name = "diffusion_model.double_blocks.1.img_attn.proj"
+    empty = {f"{name}.lora_down.weight": torch.zeros(0, 256), f"{name}.lora_up.weight": torch.zeros(256, 0)}
+    assert torch.equal(sample(with_lora(base, lora | empty), env), sample(with_lora(base, lora), env))
+
+
 def test_order_does_not_matter(env: SimpleNamespace) -> None:
     """The order of LoRAs that add something does not matter."""
     base, latents = env.pair("dev")[0], []
@@ -355,7 +387,7 @@ def test_only_what_is_not_finite_is_found(dtype: torch.dtype, env: SimpleNamespa
 
 
 def test_values_are_read_once(env: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for every strength; but again when they have changed."""
+    # Not for every strength; but again when they have changed.
     from svdq.model import lora as model_lora
 
     read = []
