@@ -14,6 +14,14 @@ from svdq.loaders.flux_names import W4A4Source
 from svdq.loaders.nunchaku import int8_leaves
 from svdq.quantizer import solve
 
+# A linear behind a GELU, one with two parts, and two modulation layers, one of them in a block of nothing else in INT8.
+NAMES = (
+    "double_blocks.0.img_mlp.2",
+    "double_blocks.1.txt_mod.lin",
+    "single_blocks.0.linear2",
+    "single_blocks.1.modulation.lin",
+)
+
 
 def with_int8(path: Path, names: Collection[str], out: Path) -> Path:
     """``out``: the single file ``path`` with the linears ``names``, by their stock names, in INT8."""

@@ -12,11 +12,12 @@ import pytest
 import torch
 from checks import OUTPUT_ROUNDING, relative_error
 from conftest import find_comfyui
-from flux_models import forward, inputs, load_dense, relative
-from int8_files import with_int8
+from flux_models import forward, inputs, load_dense, relative, rms_relative
+from int8_files import NAMES, with_int8
 from test_block_captures import SIDE, TOKENS, Graphs, on_cpu  # noqa: F401  a fixture
 from test_flux_blocks import forward_once, unfused
 from test_flux_blocks_cpu import LIMIT, load_both
+from test_fused_arithmetic import SIZES
 from test_memory_modes import MODES, check, write_lora
 from test_offload import pinned  # noqa: F401  a fixture
 from torch import Tensor
@@ -27,13 +28,6 @@ from svdq.loaders import open_checkpoint
 from svdq.quantizer import solve
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-# A linear behind a GELU, one with two parts, and two modulation layers, one of them in a block of nothing else in INT8.
-NAMES = (
-    "double_blocks.0.img_mlp.2",
-    "double_blocks.1.txt_mod.lin",
-    "single_blocks.0.linear2",
-    "single_blocks.1.modulation.lin",
-)
 # Products that a fused double block and a single one ask for: qkv, proj and fc2 of two streams; qkv and the last sum.
 PRODUCTS = 6 + 2
 
@@ -225,7 +219,8 @@ def test_a_capture_allocates_nothing(
 @pytest.mark.parametrize("backend", ["int4", "int8"])
 def test_a_model_on_a_gpu(backend: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels as the reference, layer by layer and for the whole model; fused as unfused; graphs change no bit. Bounds
-    are those of test_flux_blocks.py."""
+    are those of test_flux_blocks.py; for one input alone, errors of two ways to round can be 1.11 times apart, as
+    PyTorch's arithmetic shows without a GPU."""
     from svdq.model import load_flux
     from svdq.model.layout_svdq import int8_weight
 
@@ -236,20 +231,20 @@ def test_a_model_on_a_gpu(backend: str, file: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv("SVDQ_BACKEND", raising=False)
         return patcher
 
-    arguments = inputs(open_checkpoint(file), size=16, tokens=64, batch=1)
-    patcher, stock = load(backend), unfused(load(backend))
-    fused = forward(patcher, arguments)
+    first, *others = (inputs(open_checkpoint(file), *size) for size in SIZES)
+    models = patcher, stock, _ = load(backend), unfused(load(backend)), load_dense(file)
+    once = forward(patcher, first)
     for _ in range(3):
-        assert torch.equal(forward_once(patcher, arguments), fused)
+        assert torch.equal(forward_once(patcher, first), once)
     assert patcher.model.diffusion_model.double_blocks[0].graphs.count() > 0
-    compared = forward(stock, arguments)
-    dense = forward(load_dense(file), arguments)
-    error = relative(compared, dense)
-    print(f"{backend}: fused - stock {relative(fused, compared):.4f}, stock - dense {error:.4f}")
-    assert relative(fused, compared) <= 1.1 * error and relative(fused, dense) <= 1.1 * error
+    fused, compared, dense = ([forward(model, arguments) for arguments in (first, *others)] for model in models)
+    error = rms_relative(compared, dense)
+    found = rms_relative(fused, compared) / error, rms_relative(fused, dense) / error
+    print(f"{backend}: stock - dense {error:.4f}; fused - stock, fused - dense: {found} times that")
+    assert max(found) <= 1.1
     if backend == "int4":
-        expected = forward(load("int4-reference"), arguments)
-        assert relative(compared, expected) <= relative(expected, dense)
+        expected = forward(load("int4-reference"), first)
+        assert relative(compared[0], expected) <= relative(expected, dense[0])
     for name in NAMES:
         linear = stock.model.diffusion_model.get_submodule(name)
         weight = linear.weight.to("cuda")
