@@ -204,9 +204,10 @@ def test_template_opens_as_it_was_saved(editor: Editor, name: str) -> None:
     editor.js("return new Promise(resolve => setTimeout(resolve, 1000))")  # complaints come a moment later
     assert editor.complaints() == ""
     opened, saved = editor.graph(), workflow_file(name)
-    assert opened["links"] == saved["links"]
+    assert sorted(opened["links"]) == sorted(saved["links"])  # newer editors have another order
     for field in ("widgets_values", "pos", "title", "properties", "mode"):
-        values = ({node["id"]: node.get(field) for node in graph["nodes"]} for graph in (opened, saved))
+        # And [] where a node has no widgets.
+        values = ({node["id"]: node.get(field) or None for node in graph["nodes"]} for graph in (opened, saved))
         assert next(values) == next(values), field
     slots = ({node["id"]: [entry["name"] for entry in node["inputs"]] for node in g["nodes"]} for g in (opened, saved))
     assert next(slots) == next(slots)

@@ -130,7 +130,7 @@ def test_old_workflow_from_file_to_picture(editor: Editor) -> None:  # noqa: F81
     assert nodes["SVDQNunchakuLoraStack"]["widgets_values"] == [*slots.values(), ""]
     assert nodes["SVDQNunchakuTextEncoders"]["widgets_values"] == [*encoders[1:], ""]
     migrated = editor.graph()
-    assert migrated["links"] == workflow.links
+    assert sorted(migrated["links"]) == workflow.links  # newer editors have another order
 
     click_when_free(editor, "[data-testid=queue-button]")
     assert editor.wait(editor.pictures, "a picture in the Save Image node")[0]["width"] == 96
