@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+# Links are kept: by one the pack may lie in a ComfyUI's custom_nodes.
+ROOT = Path(__file__).absolute().parent.parent
 
 COMMANDS = {
     "demo": "make a picture with ComfyUI and an INT4 FLUX checkpoint (installs what it needs into .venv)",
@@ -122,12 +123,13 @@ def _overview(program: str) -> str:
     lines = [f"usage: {program} COMMAND [options]", "", "commands:"]
     lines += [f"  {name:<11} {summary}" for name, summary in COMMANDS.items()]
     lines += ["", f"{program} COMMAND --help shows a command's options."]
-    lines += ["Set COMFYUI_PATH to use your own ComfyUI and its Python instead of .venv."]
+    lines += ["In the custom_nodes of your ComfyUI, or with COMFYUI_PATH set to it, they use that and its Python;"]
+    lines += ["elsewhere they install what they need into .venv."]
     return "\n".join(lines)
 
 
 def _clone_as_typed() -> str:
-    return "." if Path.cwd() == ROOT else str(ROOT)
+    return "." if Path.cwd() == ROOT.resolve() else str(ROOT)
 
 
 def _expected_errors() -> tuple[type[BaseException], ...]:

@@ -34,7 +34,7 @@ class ComfyServer:
 
     Args:
         base_directory: holds models, input, output, user and custom_nodes of this server; made if absent.
-        comfyui: ComfyUI's source folder; default: COMFYUI_PATH or the one in ``.venv``.
+        comfyui: ComfyUI's source folder; default: the person's own or the one in ``.venv``.
         python: interpreter to run it with.
         cpu: force CPU (True) or GPU (False); None lets torch decide.
         extra_arguments: more of ComfyUI's own options.
@@ -240,7 +240,7 @@ def _files_of_checkout(source: Path) -> list[str] | None:
 
 
 def _models_of_user() -> dict[str, Path]:
-    """The model folders of COMFYUI_PATH; its extra_model_paths.yaml is read by ComfyUI itself."""
+    """The model folders of the person's ComfyUI; its extra_model_paths.yaml is read by ComfyUI itself."""
     comfyui = comfyui_of_user()
     models = comfyui / "models" if comfyui is not None else None
     if models is None or not models.is_dir():

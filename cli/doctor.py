@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import os
 import platform
@@ -21,8 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from . import ROOT
-from .environment import NEWEST_PYTHON, OLDEST_PYTHON
+from .environment import NEWEST_PYTHON, OLDEST_PYTHON, comfyui_of_user, comfyui_path
 
 OLDEST_TORCH = (2, 8)
 TRITON_RANGE = (3, 5), (3, 9)
@@ -50,6 +48,7 @@ class Facts:
     Versions are strings as their packages give them. smi: GPU name and driver version from nvidia-smi, None without it.
     torch_cuda, torch_hip: the toolkit that torch was built for; torch_architectures: the GPUs it has code for.
     gpus: the devices that torch can use; gpu_hidden: whether CUDA_VISIBLE_DEVICES hides them all.
+    comfyui_own: whether it is the person's own, not that of ``.venv``.
     backends: (precision, available, reason), best first. forced: the environment variable SVDQ_BACKEND.
     """
 
@@ -71,6 +70,7 @@ class Facts:
     safetensors: str | None = None
     comfyui: str | None = None
     comfyui_path: str | None = None
+    comfyui_own: bool = False
     comfy_kitchen: str | None = None
     backends: tuple[tuple[str, bool, str], ...] = ()
     forced: str = ""
@@ -127,7 +127,10 @@ def _python(facts: Facts) -> list[Finding]:
 def _torch(facts: Facts) -> list[Finding]:
     if facts.torch is None:
         what = f"torch cannot be imported: {facts.torch_missing}"
-        return [Finding("error", what, "python3 . demo installs it into .venv")]
+        remedy = "python3 . demo installs it into .venv"
+        if facts.comfyui_own:
+            remedy = f"Start this command with the Python that runs your ComfyUI ({facts.comfyui_path})"
+        return [Finding("error", what, remedy)]
     found = []
     if _version(facts.torch) < OLDEST_TORCH:
         found.append(Finding("error", f"torch {facts.torch}; 2.8 or later is needed", "pip install --upgrade torch"))
@@ -197,7 +200,7 @@ def _triton(facts: Facts) -> list[Finding]:
 
 def _comfyui(facts: Facts) -> list[Finding]:
     if facts.comfyui_path is None:
-        what = "no ComfyUI found beside this pack, in COMFYUI_PATH or in .venv"
+        what = "no ComfyUI found in COMFYUI_PATH, around this pack or in .venv"
         return [Finding("warning", what, "Set COMFYUI_PATH to its folder, or let python3 . demo fetch one")]
     found = []
     if facts.comfyui is None:
@@ -373,20 +376,14 @@ def _ask_triton() -> dict[str, object]:
 
 
 def _ask_comfyui() -> dict[str, object]:
-    """COMFYUI_PATH, the ComfyUI in whose custom_nodes this pack lies, one that can be imported, the one of .venv."""
-    spec = importlib.util.find_spec("comfyui_version")
-    candidates = [
-        os.environ.get("COMFYUI_PATH"),
-        ROOT.parent.parent,
-        Path(spec.origin).parent if spec and spec.origin else None,
-        ROOT / ".venv" / "ComfyUI",
-    ]
-    for folder in (Path(candidate).expanduser() for candidate in candidates if candidate):
-        if (folder / "main.py").is_file() and (folder / "comfy").is_dir():
-            text, _ = _attempt(lambda file=folder / "comfyui_version.py": {"text": file.read_text(encoding="utf-8")})
-            match = re.search(r"""__version__\s*=\s*["']([^"']+)""", text["text"]) if text else None
-            return {"comfyui_path": str(folder), "comfyui": match[1] if match else None}
-    return {}
+    """The ComfyUI that the commands use."""
+    folder = comfyui_path()
+    if not (folder / "main.py").is_file():
+        return {}
+    text, _ = _attempt(lambda: {"text": (folder / "comfyui_version.py").read_text(encoding="utf-8")})
+    match = re.search(r"""__version__\s*=\s*["']([^"']+)""", text["text"]) if text else None
+    own = comfyui_of_user() is not None
+    return {"comfyui_path": str(folder), "comfyui_own": own, "comfyui": match[1] if match else None}
 
 
 def _ask_backends() -> dict[str, object]:

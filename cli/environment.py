@@ -55,14 +55,26 @@ _KEPT_ON_REBUILD = ("ComfyUI", "demo", "setup.log", "svdq.lock")
 
 
 def comfyui_of_user() -> Path | None:
-    """The folder that COMFYUI_PATH names, checked; None if it is not set."""
+    """The folder that COMFYUI_PATH names, checked, else the ComfyUI in whose custom_nodes this pack lies, or None."""
     value = os.environ.get("COMFYUI_PATH")
     if not value:
-        return None
+        return _comfyui_around()
     path = Path(value).expanduser().absolute()
-    if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
+    if not _is_comfyui(path):
         raise UserError(f"COMFYUI_PATH is {value}, which is not a ComfyUI folder (no main.py and comfy/ in it)")
     return path
+
+
+def _comfyui_around() -> Path | None:
+    # A shell keeps in PWD the link by which somebody entered the pack's folder; the working directory has none.
+    entered = Path(os.environ.get("PWD") or ROOT)
+    packs = [ROOT, entered] if entered.resolve() == ROOT.resolve() else [ROOT]
+    found = (pack.parent.parent for pack in packs if pack.parent.name == "custom_nodes")
+    return next(filter(_is_comfyui, found), None)
+
+
+def _is_comfyui(path: Path) -> bool:
+    return (path / "main.py").is_file() and (path / "comfy").is_dir()
 
 
 def comfyui_path() -> Path:
@@ -71,7 +83,7 @@ def comfyui_path() -> Path:
 
 
 def work_directory() -> Path:
-    """Where ``demo`` keeps its models and ComfyUI its output; never inside a ComfyUI that is not ours."""
+    """Where ``demo`` keeps its models and ComfyUI its output; in no folder of a ComfyUI that is not ours."""
     return ROOT / "out" / "comfyui" if comfyui_of_user() else ROOT / ".venv" / "demo"
 
 
@@ -96,9 +108,12 @@ def check_modules(command: str) -> None:
     if missing:
         names, python = " ".join(missing), sys.executable
         remedy = f"run: {python} -m pip install {names}"
-        if "torch" in missing:
+        own_comfyui = comfyui_of_user()
+        if "torch" in missing and own_comfyui is not None:
             # Then it cannot be the one that runs ComfyUI.
-            remedy = "start this command with the Python that runs your ComfyUI, or unset COMFYUI_PATH"
+            remedy = f"start this command with the Python that runs your ComfyUI ({own_comfyui})"
+            if os.environ.get("COMFYUI_PATH"):
+                remedy += ", or unset COMFYUI_PATH"
         raise UserError(f"{python} lacks {names}, and nothing is installed into it; {remedy}")
 
 

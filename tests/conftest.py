@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import types
 from pathlib import Path
@@ -46,8 +45,10 @@ def _no_gpu_reason(config: pytest.Config) -> str | None:
 
 
 def find_comfyui() -> Path | None:
-    """ComfyUI's folder: COMFYUI_PATH, else the one in .venv."""
-    path = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".venv" / "ComfyUI")
+    """ComfyUI's folder: COMFYUI_PATH, else the one around this pack, else the one in .venv."""
+    from svdq.cli.environment import comfyui_path
+
+    path = comfyui_path()
     return path if (path / "comfy").is_dir() else None
 
 

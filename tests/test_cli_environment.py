@@ -139,15 +139,49 @@ def test_a_wrong_comfyui_path_is_named(tmp_path: Path) -> None:
 def test_comfyui_path_decides_about_the_python(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     install_pack(ROOT, clone)
-    comfyui = _fake_comfyui(tmp_path / "ComfyUI")
-    python = comfyui / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
+    comfyui = _fake_comfyui(tmp_path / "ComfyUI", venv=".venv")
     done = run_cli("demo", "--steps", "2", clone=clone, COMFYUI_PATH=str(comfyui))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{clone / '__main__.py'} demo --steps 2\n"
     assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor", "demo", "test"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_in_custom_nodes_the_python_of_that_comfyui_is_used(command: str, linked: bool, tmp_path: Path) -> None:
+    comfyui = _fake_comfyui(tmp_path / "ComfyUI", venv="venv")
+    pack = comfyui / "custom_nodes" / "my svdq"
+    source = tmp_path / "source" if linked else pack
+    install_pack(ROOT, source)
+    if linked:
+        pack.parent.mkdir()
+        pack.symlink_to(source)
+    file = ["x.safetensors"] if command == "inspect" else []
+    ways = {"by its path": (pack, None), "in its folder": (Path("."), pack)}
+    for way, (typed, cwd) in ways.items():
+        environ = {"PWD": str(cwd)} if cwd else {}
+        done = run_cli(command, *file, clone=typed, cwd=cwd, **environ)
+        assert done.returncode == 0, (way, done.stderr)
+        entry, *arguments = done.stdout.splitlines()[0].split("__main__.py ")
+        assert Path(entry).resolve() == source.resolve() and arguments == [" ".join([command, *file])], way
+    assert not (source / ".venv").exists() and not (source / "out").exists()
+
+
+def test_in_custom_nodes_a_python_with_torch_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comfyui = _fake_comfyui(tmp_path / "ComfyUI")
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(environment, "ROOT", comfyui / "custom_nodes" / "svdq")
+    monkeypatch.setattr(Environment, "ensure", lambda self: pytest.fail("must not set anything up"))
+    assert environment.python_for("demo") is None
+    assert environment.comfyui_path() == comfyui
+    assert environment.work_directory() == comfyui / "custom_nodes" / "svdq" / "out" / "comfyui"
+    monkeypatch.setattr(environment, "_can_import", lambda name: False)
+    with pytest.raises(UserError, match=r"lacks torch.*start this command with the Python that runs .*ComfyUI\)$"):
+        environment.check_modules("inspect")
+    # A folder of another name, or one that is not in a ComfyUI.
+    for elsewhere in (comfyui / "packs" / "svdq", tmp_path / "custom_nodes" / "svdq"):
+        monkeypatch.setattr(environment, "ROOT", elsewhere)
+        assert environment.comfyui_of_user() is None
 
 
 def test_missing_modules_are_named_and_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +201,15 @@ def test_a_python_with_torch_is_good_enough(command: str, monkeypatch: pytest.Mo
     assert environment.python_for(command) is None
 
 
-def _fake_comfyui(path: Path) -> Path:
+def _fake_comfyui(path: Path, venv: str | None = None) -> Path:
+    """``venv``: name of a virtual environment in it, whose Python prints its arguments."""
     (path / "comfy").mkdir(parents=True)
     (path / "main.py").touch()
+    if venv:
+        python = path / venv / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text('#!/bin/sh\necho "$@"\n')
+        python.chmod(0o755)
     return path
 
 

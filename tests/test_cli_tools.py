@@ -351,6 +351,7 @@ def test_doctor_finds_nothing_on_a_good_machine() -> None:
         ({"python": (3, 9, 0)}, "error", "Python 3.9.0", "python3.12"),
         ({"python": (3, 14, 0)}, "error", "Python 3.14.0", "python3.12"),
         ({"torch": None, "torch_missing": "no torch"}, "error", "no torch", "demo"),
+        ({"torch": None, "comfyui_own": True}, "error", "torch", "Python that runs your ComfyUI (/ComfyUI)"),
         ({"torch": "2.7.1+cu126"}, "error", "torch 2.7.1", "--upgrade torch"),
         ({"safetensors": None}, "error", "safetensors", "pip install safetensors"),
         ({"gpus": (), "torch_cuda": None, "torch": "2.11.0+cpu"}, "error", "built without CUDA", "--force-reinstall"),
