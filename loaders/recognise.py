@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from .safetensors_file import TensorInfo, problem
 
+# (what it is, what to do with it) of a text encoder with weights of 4 bits, such as Nunchaku's T5.
+FOUR_BIT_ENCODER = (
+    "a 4-bit text encoder, which ComfyUI cannot read",
+    "Use t5xxl_fp8_e4m3fn_scaled.safetensors or t5xxl_fp16.safetensors in its place",
+)
+
 _EXPECTED = "an SVDQuant INT4 FLUX checkpoint"
+# What stands before the tensors of VAE and text encoders in a file that has model, VAE and text encoders.
+_OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 def refuse_other_files(path: str, tensors: dict[str, TensorInfo]) -> None:
@@ -39,10 +47,21 @@ def _describe(keys: list[str], quantized: list[str]) -> tuple[str, str, str]:
 
     if not keys:
         return "tensors", "none at all", "Download the file again"
+    if key := next((key for key in quantized if "encoder.block." in key), None):
+        return key, *FOUR_BIT_ENCODER
     if quantized:
         return quantized[0], "a quantized model that is not FLUX.1", "Load it with a node for that model"
     if key := first("lora", ".lokr_", ".hada_", ".oft_", ".dora_scale"):
-        return key, "a LoRA", "Put it in models/loras and load it with LoraLoaderModelOnly behind this node"
+        remedy = "Put it in models/loras and load it with the Load LoRA node (LoraLoaderModelOnly) behind this node"
+        return key, "a LoRA", remedy
+    if key := first("controlnet_blocks."):
+        return key, "a ControlNet", "Put it in models/controlnet and load it with the Load ControlNet Model node"
+    if key := first("ip_adapter"):
+        return key, "an IP-Adapter", "Load it with the custom nodes that it is made for"
+    model = first("model.diffusion_model.")
+    if model and any(key.startswith(_OTHER_PARTS) for key in keys):
+        remedy = "Put it in models/checkpoints and load it with the Load Checkpoint node"
+        return model, "an all-in-one checkpoint of model, VAE and text encoders", remedy
     if key := first("double_blocks.", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"):
         return key, "a FLUX model that is not SVDQuant INT4", "Load it with the Load Diffusion Model node"
     if key := first("transformer_blocks.", "single_transformer_blocks."):
@@ -52,5 +71,5 @@ def _describe(keys: list[str], quantized: list[str]) -> tuple[str, str, str]:
     if key := first("decoder.conv_in", "encoder.conv_in", "first_stage_model.", "taesd_decoder", "decoder.layers."):
         return key, "a VAE", "Load it with the Load VAE node"
     if key := first("encoder.block.", "text_model.encoder", "shared.weight", "model.embed_tokens"):
-        return key, "a text encoder", "Load it with the DualCLIPLoader node"
+        return key, "a text encoder", "Load it with the Load CLIP (Dual) node (DualCLIPLoader)"
     return keys[0], "no tensor of a FLUX model", "Choose a svdq-int4 FLUX file"

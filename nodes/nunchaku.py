@@ -19,6 +19,7 @@ from comfy_api.latest import io
 from nodes import NODE_CLASS_MAPPINGS, DualCLIPLoader, LoraLoaderModelOnly
 
 from ..loaders import CheckpointError
+from ..loaders.recognise import FOUR_BIT_ENCODER
 from ..loaders.safetensors_file import problem, read_header
 from ..model import load_flux
 from .model_files import fingerprint, model_names, model_path
@@ -298,7 +299,5 @@ def refuse_4bit_encoder(path: str) -> None:
         return
     key = next((name for name in tensors if name.endswith(".qweight")), None)
     if key is not None:
-        raise problem(
-            os.path.basename(path), key, "a 4-bit text encoder", "one that ComfyUI reads",
-            "Choose t5xxl_fp8_e4m3fn_scaled.safetensors or t5xxl_fp16.safetensors instead",
-        )  # fmt: skip
+        what, remedy = FOUR_BIT_ENCODER
+        raise problem(os.path.basename(path), key, what, "a text encoder of 8 or 16 bits", remedy)

@@ -198,6 +198,10 @@ def test_header_size_beyond_reason(tmp_path: Path) -> None:
         (["first_stage_model.decoder.conv_in.weight"], "a VAE", "Load VAE"),
         (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "a text encoder", "DualCLIPLoader"),
         (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "a text encoder", "DualCLIPLoader"),
+        (["encoder.block.0.layer.0.SelfAttention.q.qweight", "shared.weight"], "a 4-bit text encoder", "t5xxl_fp8"),
+        (["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight"], "a ControlNet", "Load ControlNet"),
+        (["controlnet_blocks.0.weight", "double_blocks.0.img_attn.qkv.weight"], "a ControlNet", "Load ControlNet"),
+        (["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"], "an IP-Adapter", "custom nodes"),
         ([f"{DOUBLE}.0.attn.to_qkv.qweight", "img_in.weight"], "Qwen-Image", "a node for that model"),
         (["layers.0.attention.to_qkv.qweight"], "not FLUX.1", "a node for that model"),
         (["x_embedder.weight", "proj_out.weight"], "half of a legacy folder", "folder"),
@@ -207,6 +211,21 @@ def test_header_size_beyond_reason(tmp_path: Path) -> None:
 def test_other_models(names: list[str], what: str, remedy: str, tmp_path: Path) -> None:
     message = refusal(fake(tmp_path / "other.safetensors", *names), what, remedy)
     assert any(name in message for name in names), "names a key that shows it"
+
+
+@pytest.mark.parametrize(
+    "model, other",
+    [
+        ("input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"),  # Stable Diffusion
+        ("input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"),
+        ("input_blocks.0.0.weight", "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", "text_encoders.t5xxl.transformer.shared.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "vae.decoder.conv_in.weight"),  # FLUX, from Comfy-Org
+    ],
+)
+def test_all_in_one_checkpoints(model: str, other: str, tmp_path: Path) -> None:
+    path = fake(tmp_path / "all.safetensors", other, f"model.diffusion_model.{model}")
+    refusal(path, f"model.diffusion_model.{model}", "an all-in-one checkpoint", "Load Checkpoint")
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
