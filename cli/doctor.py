@@ -49,7 +49,8 @@ class Facts:
     torch_cuda, torch_hip: the toolkit that torch was built for; torch_architectures: the GPUs it has code for.
     gpus: the devices that torch can use; gpu_hidden: whether CUDA_VISIBLE_DEVICES hides them all.
     comfyui_own: whether it is the person's own, not that of ``.venv``.
-    backends: (precision, available, reason), best first. forced: the environment variable SVDQ_BACKEND.
+    backends: (precision, available, reason), best first. forced: the environment variable SVDQ_BACKEND;
+    forced_problem: why no backend can be chosen by it.
     """
 
     python: tuple[int, int, int]
@@ -74,6 +75,7 @@ class Facts:
     comfy_kitchen: str | None = None
     backends: tuple[tuple[str, bool, str], ...] = ()
     forced: str = ""
+    forced_problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chosen(facts: Facts) -> str | None:
-    """The precision that "auto" takes here, or None without torch."""
+    """The precision that "auto" takes here, or None without torch and where SVDQ_BACKEND names none."""
+    if facts.forced_problem:
+        return None
     return facts.forced or next((precision for precision, available, _ in facts.backends if available), None)
 
 
 def findings(facts: Facts) -> list[Finding]:
     """Everything that is wrong or worth knowing, the worst first."""
     found = [*_python(facts), *_torch(facts), *_gpu(facts), *_triton(facts), *_comfyui(facts), *_memory(facts)]
-    if facts.forced:
+    if facts.forced_problem:
+        what, _, remedy = facts.forced_problem.rpartition(": ")
+        found.append(Finding("error", what, remedy.capitalize()))
+    elif facts.forced:
         what = f"SVDQ_BACKEND={facts.forced} overrides the choice of backend"
         found.append(Finding("note", what, "Unset it after testing"))
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
@@ -240,7 +247,7 @@ def report(facts: Facts, problems: list[Finding]) -> list[str]:
         ("ComfyUI", comfyui),
         ("comfy-kitchen", facts.comfy_kitchen or "missing"),
         ("safetensors", facts.safetensors or "missing"),
-        ("backend", chosen(facts) or "unknown without torch"),
+        ("backend", chosen(facts) or ("none" if facts.forced_problem else "unknown without torch")),
     ]
     for precision, available, reason in facts.backends:
         rows.append((f"  {'' if available else 'not '}{precision}", reason))
@@ -391,5 +398,12 @@ def _ask_backends() -> dict[str, object]:
 
     from .. import kernels
 
-    backends = kernels.explain("cuda" if torch.cuda.is_available() else "cpu")
-    return {"backends": tuple((backend.precision, backend.available, backend.reason) for backend in backends)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = ""
+    try:
+        kernels.backend_for(device)
+    except kernels.BackendUnavailable as error:
+        problem = str(error)
+    backends = kernels.explain(device)
+    explained = tuple((backend.precision, backend.available, backend.reason) for backend in backends)
+    return {"backends": explained, "forced_problem": problem}

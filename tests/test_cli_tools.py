@@ -412,6 +412,16 @@ def test_doctor_command(command: Callable) -> None:
     assert command("doctor")[1].startswith("system ")
 
 
+def test_doctor_refuses_an_unknown_backend(monkeypatch: pytest.MonkeyPatch, command: Callable) -> None:
+    monkeypatch.setenv("SVDQ_BACKEND", "foo")
+    code, out, _ = command("doctor")
+    assert code == 1 and "backend        none\n" in out
+    # The words of inspect.
+    assert "error: SVDQ_BACKEND is 'foo', expected int4, int4-reference or 16bit\n  -> Change or unset it" in out
+    code, out, _ = command("doctor", "--json")
+    assert code == 1 and json.loads(out)["backend"] is None
+
+
 def test_doctor_without_torch_or_with_a_broken_one(tmp_path: Path) -> None:
     """Nothing but the standard library, and packages that raise whatever they like."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12:\\n cannot open shared object file')")
