@@ -213,6 +213,45 @@ def test_template_opens_as_it_was_saved(editor: Editor, name: str) -> None:
     assert next(slots) == next(slots)
 
 
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "Nodes 2.0"])
+def test_no_node_of_a_template_covers_another(editor: Editor, nodes_2: bool) -> None:
+    setting = "return window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', arguments[0])"
+    editor.js(setting, nodes_2)
+    try:
+        for path in WORKFLOWS:
+            workflow = workflow_file(path.stem)
+            count = len(workflow["nodes"])
+            load = "return window.app.handleFile(new File([arguments[0]], 'x.json', {type: 'application/json'}))"
+            editor.js(load, json.dumps(workflow))
+            boxes = editor.wait(lambda n=count: _settled_boxes(editor, nodes_2, n), "the nodes to be drawn")
+            names = sorted(boxes)
+            covered = [(a, b) for a in names for b in names if a < b and _overlap(boxes[a], boxes[b])]
+            assert covered == [], path.stem
+    finally:
+        editor.js(setting, False)
+
+
+def _settled_boxes(editor: Editor, nodes_2: bool, count: int) -> dict[str, list[float]]:
+    """Left, top, right, bottom of each node with its title, in the graph's units; {} unless ``count`` stand still."""
+    measure = (
+        "return Object.fromEntries([...document.querySelectorAll('[data-node-id]')].map(element => {"
+        "  const box = element.getBoundingClientRect(), scale = window.app.canvas.ds.scale;"
+        "  return [element.dataset.nodeId, [box.left, box.top, box.right, box.bottom].map(x => x / scale)]}))"
+        if nodes_2
+        else "return Object.fromEntries(window.app.graph._nodes.map(({id, pos, size}) =>"
+        "  [id, [pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]]]))"
+    )
+    before = editor.js(measure)
+    editor.js("return new Promise(resolve => setTimeout(resolve, 500))")
+    after = editor.js(measure)
+    return after if len(after) == count and after == before else {}
+
+
+def _overlap(one: list[float], other: list[float]) -> bool:
+    """Whether the rectangles have more in common than the width of a border."""
+    return all(min(one[i + 2], other[i + 2]) - max(one[i], other[i]) > 1 for i in (0, 1))
+
+
 def test_help_page_opens_beside_the_node(editor: Editor) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
