@@ -127,8 +127,9 @@ def complete_prompt(request: dict[str, Any]) -> dict[str, Any]:
         kind = node.get("class_type")
         if kind not in mappings or kind in NODE_CLASS_MAPPINGS:
             continue
-        node.setdefault("_meta", {})
-        inputs = node.setdefault("inputs", {})
+        # Programs that write null mean that there is none.
+        node["_meta"] = node.get("_meta") or {}
+        inputs = node["inputs"] = node.get("inputs") or {}
         for name in (entry["old_id"] for entry in mappings[kind] if "old_id" in entry):
             inputs.setdefault(name, _DEFAULTS.get(name, []))
     return request

@@ -226,12 +226,13 @@ def test_prompt_with_a_node_without_equivalent(replace_in_prompt, old: str) -> N
 
 @pytest.mark.comfy
 def test_what_a_prompt_lacks_is_added(replace_in_prompt) -> None:
-    """The loader of release 0.1, a stack with one LoRA, and nodes without what they need."""
+    """The loader of release 0.1, a stack with one LoRA, and nodes without what they need or with null for it."""
     prompt = {
         "1": {"class_type": "NunchakuFluxDiTLoader", "inputs": {"model_path": FLUX, "cpu_offload": "auto"}},
         "2": {"class_type": "NunchakuFluxLoraStack", "inputs": {"model": ["1", 0], "lora_name_3": LORA}},
         "3": {"class_type": "NunchakuFluxLoraLoader"},
         "4": {"class_type": "KSampler", "inputs": {}},
+        "5": {"class_type": "NunchakuFluxLoraLoader", "inputs": None, "_meta": None},
     }
     replaced = replace_in_prompt(prompt)
     assert replaced["1"]["inputs"] == {
@@ -239,6 +240,7 @@ def test_what_a_prompt_lacks_is_added(replace_in_prompt) -> None:
     }  # fmt: skip
     assert replaced["2"]["inputs"] == {"model": ["1", 0]} | NEW_STACK | {"lora_name_3": LORA}
     assert replaced["3"]["inputs"] == {"model": [], "lora_name": [], "strength_model": []}
+    assert replaced["5"] == replaced["3"]
     assert replaced["4"] == prompt["4"]
 
 
