@@ -28,6 +28,9 @@ FORCE_VARIABLE = "SVDQ_BACKEND"
 class BackendUnavailable(ValueError):
     """The precision that was asked for cannot run on this device; the message gives the reason and the alternatives."""
 
+    # ComfyUI shows it with the class; the real one is the path of this pack's folder.
+    __module__ = "svdq"
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -20,6 +20,9 @@ class CheckpointError(ValueError):
     found: what is there instead, where that is known.
     """
 
+    # ComfyUI shows it with the class; the real one is the path of this pack's folder.
+    __module__ = "svdq"
+
     def __init__(self, message: str, found: str = "") -> None:
         super().__init__(message)
         self.found = found
