@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loaders.safetensors_file import read_header
-from ..loaders.write import check_target
+from ..loaders.write import check_not_read, check_target
 from ..quantizer.prompts import BUILTIN_PROMPTS, read_lines, read_prompts
 from ..quantizer.source import open_dense
 from . import ROOT, UserError
@@ -55,6 +55,8 @@ def job_of(args: argparse.Namespace) -> Job:
     # fp8 is for ComfyUI to judge.
     if not any(info.dtype.startswith("F8") for info in read_header(str(source)).tensors.values()):
         open_dense(source)
+    read = (source, args.conditioning, None if args.prompts == BUILTIN else args.prompts)
+    check_not_read(out, filter(None, read))
     check_target(out, 0, args.force)
     if args.text_encoders and not args.text_encoders.is_dir():
         raise UserError(f"--text-encoders {args.text_encoders}: no such folder")

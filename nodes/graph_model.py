@@ -39,7 +39,6 @@ class GraphModel:
 
     def __init__(self, patcher: ModelPatcher) -> None:
         self.path = NAME
-        self.files: tuple[str, ...] = ()
         self._patcher = patcher
         flux = patcher.model.diffusion_model
         for name, module in flux.named_modules():
@@ -50,6 +49,7 @@ class GraphModel:
         self.config, self._keys = stock_model(NAME, {name: tuple(p.shape) for name, p in parameters.items()})
         self.shapes = {name: tuple(parameters[key].shape) for name, key in self._keys.items()}
         self.nbytes = sum(2 * parameter.numel() for parameter in parameters.values())
+        self.files = _files_of(patcher)
 
     def tensor(self, name: str) -> Tensor:
         """As DenseModel.tensor; on the device that computes where there are patches."""
@@ -90,6 +90,12 @@ class GraphModel:
             raise problem(NAME, key, f"dtype {weight.dtype}", "16-bit weights", "Connect the original 16-bit model")
         # fp8 has no arithmetic.
         return weight if weight.dtype.itemsize > 1 else weight.float(), self._patcher.patches.get(full, [])
+
+
+def _files_of(patcher: ModelPatcher) -> tuple[str, ...]:
+    """The file that the loader of a MODEL says it has read; () if it says none. LoRAs never say."""
+    _, arguments, *_ = patcher.cached_patcher_init or (None, ())
+    return tuple(argument for argument in arguments[:1] if isinstance(argument, str))
 
 
 def _pieces(value: Any) -> Iterator[bytes]:

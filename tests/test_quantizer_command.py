@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,13 +127,31 @@ def test_mistakes_are_found_before_comfyui_starts(files: tuple[Path, Path], tmp_
     refused(CheckpointError, "a FLUX.1 model", encoded, out, "--conditioning", encoded)
     refused(UserError, "is a folder", tmp_path, out, "--conditioning", encoded)
     refused(UserError, "name a .safetensors file", source, tmp_path / "out", "--conditioning", encoded)
-    refused(CheckpointError, "one that exists", source, source, "--conditioning", encoded)
+    refused(CheckpointError, "one that exists", source, text.rename(out), "--conditioning", encoded)
+    out.rename(text)
     refused(CheckpointError, "Create it first", source, tmp_path / "no" / out.name, "--conditioning", encoded)
     refused(UserError, "no such folder", source, out, "--conditioning", encoded, "--text-encoders", tmp_path / "no")
     for argv in (("--size", "100x64"), ("--size", "64"), ("--prompts", text, "--no-calibration")):
         with pytest.raises(SystemExit):
             arguments(source, out, *argv)
     assert sorted(os.listdir(tmp_path)) == ["latin.txt"]
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_what_is_read_is_never_replaced(link: Any, files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not with --force either, nor under another name of the same file"""
+    source, encoded, text = (tmp_path / f"{name}.safetensors" for name in ("source", "encoded", "text"))
+    shutil.copy(files[0], source)
+    shutil.copy(files[1], encoded)
+    text.write_text("a house")
+    for read in (source, encoded, text):
+        out = tmp_path / f"of {read.name}" if link else read
+        if link:
+            link(read, out)
+        prompts = ("--prompts", text) if read == text else ("--conditioning", encoded)
+        with pytest.raises(CheckpointError, match="a file that is read") as error:
+            quantize_calibrated.job_of(arguments(source, out, *prompts, "--force"))
+        assert str(error.value).startswith(str(out))
 
 
 def test_built_in_prompts(files: tuple[Path, Path], tmp_path: Path) -> None:

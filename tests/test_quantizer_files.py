@@ -1,0 +1,32 @@
+"""Which files SVDQ Quantize reads and writes, with a MODEL that ComfyUI has read from a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from quantizer_models import save_source
+from test_quantizer_calibrated import FAST, folder, quantize  # noqa: F401 (a fixture)
+from test_quantizer_solve import one_thread  # noqa: F401 (a fixture)
+
+from svdq.loaders import CheckpointError
+
+pytestmark = pytest.mark.comfy
+
+
+def test_the_file_of_the_model_is_never_replaced(folder: Path, comfy: ModuleType) -> None:  # noqa: F811
+    import comfy.sd
+
+    source = save_source(folder / "mine.safetensors")
+    os.symlink(folder, folder / "linked")
+    os.link(source, folder / "twin.safetensors")
+    before = source.read_bytes()
+    model = comfy.sd.load_diffusion_model(str(source)).clone()
+    for filename in ("mine", "linked/mine", "twin"):
+        with pytest.raises(CheckpointError, match=rf"{filename}\.safetensors: file: found a file that is read"):
+            quantize(model, filename=filename, overwrite=True, **FAST)
+    assert source.read_bytes() == before and not list(folder.glob("*.partial"))
+    out = quantize(model, filename="other", **FAST)
+    assert quantize(model, filename="other", overwrite=True, **FAST) == out
