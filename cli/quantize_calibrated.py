@@ -66,7 +66,7 @@ def job_of(args: argparse.Namespace) -> Job:
     else:
         prompts = read_lines(BUILTIN_PROMPTS if args.prompts == BUILTIN else args.prompts)
     widgets = {
-        "filename": out.stem, "folder": "output", "rank": args.rank, "gptq": args.gptq, "width": args.size[0],
+        "filename": out.name, "folder": "output", "rank": args.rank, "gptq": args.gptq, "width": args.size[0],
         "height": args.size[1], "steps": args.steps, "calibration_seed": args.seed, "overwrite": args.force,
         "iterations": args.iterations, "dtype": args.dtype, "target_error": args.target_error or 0.0,
         "keep_16bit": " ".join(args.keep_16bit), "keep_int8": " ".join(args.keep_int8),

@@ -180,7 +180,7 @@ def test_prompt_for_texts(files: tuple[Path, Path], tmp_path: Path) -> None:
     prompt = quantize_calibrated.make_prompt(job, "given/m.safetensors", None, info)
     assert prompt["encoders"]["inputs"] == {"clip_name1": names[1], "clip_name2": names[2], "type": "flux"}
     quantize = prompt["quantize"]["inputs"]
-    assert quantize["filename"] == "a.b" and quantize["gptq"] is True and quantize["width"] == 1024
+    assert quantize["filename"] == "a.b.safetensors" and quantize["gptq"] is True and quantize["width"] == 1024
 
     def texts(link: list) -> list[str]:
         inputs = prompt[link[0]]["inputs"]

@@ -7,13 +7,24 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from quantizer_models import save_source
+from quantizer_models import save_prompts, save_source
 from test_quantizer_calibrated import FAST, folder, quantize  # noqa: F401 (a fixture)
+from test_quantizer_command import arguments
 from test_quantizer_solve import one_thread  # noqa: F401 (a fixture)
 
+from svdq.cli import quantize_calibrated
 from svdq.loaders import CheckpointError
 
 pytestmark = pytest.mark.comfy
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.safetensors.safetensors", "a.b.safetensors"])
+def test_the_command_gets_the_file_that_it_names(name: str, folder: Path) -> None:  # noqa: F811
+    from svdq.nodes.flux_quantizer import target
+
+    source, encoded = save_source(folder / "mine.safetensors"), save_prompts(folder / "prompts.safetensors")
+    widgets = quantize_calibrated.job_of(arguments(source, folder / name, "--conditioning", encoded)).widgets
+    assert target(widgets["folder"], widgets["filename"]) == str(folder / name)
 
 
 def test_the_file_of_the_model_is_never_replaced(folder: Path, comfy: ModuleType) -> None:  # noqa: F811
