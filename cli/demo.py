@@ -301,8 +301,9 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise UserError(f"--text-encoders {args.text_encoders}: no such folder")
     if args.vae and not args.vae.is_file():
         raise UserError(f"--vae {args.vae}: no such file")
-    if args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file")
+    if args.output.exists() and not args.output.is_file():
+        what = "folder" if args.output.is_dir() else "device, pipe or socket"
+        raise UserError(f"--output {args.output} is a {what}; name a file")
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -100,6 +100,8 @@ def check_target(path: Path, nbytes: int, force: bool) -> None:
         raise problem(str(path), "folder", f"no folder {folder}", "an existing folder", "Create it first")
     if path.is_dir():
         raise problem(str(path), "file", "a folder of that name", "a file name", "Choose another name")
+    if path.exists() and not path.is_file():
+        raise problem(str(path), "file", "a device, pipe or socket", "a file name", "Choose another name")
     if path.exists() and not force:
         raise problem(str(path), "file", "one that exists", "a new file", "Choose another name or add --force")
     free = shutil.disk_usage(folder).free

@@ -128,6 +128,13 @@ def test_a_test_model_gets_stand_ins_and_says_so(monkeypatch: pytest.MonkeyPatch
     assert "256, not FLUX.1's 4096" in made.remark()
 
 
+@pytest.mark.parametrize("make, match", [(os.mkdir, "a folder"), (getattr(os, "mkfifo", os.mkdir), "; name a file")])
+def test_a_picture_replaces_files_only(make: Any, match: str, tmp_path: Path) -> None:
+    make(tmp_path / "it")
+    with pytest.raises(UserError, match=match):
+        demo._check_paths(SimpleNamespace(text_encoders=None, vae=None, output=tmp_path / "it"))
+
+
 def test_missing_encoders_are_named_with_where_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     info = {**OBJECT_INFO, "DualCLIPLoader": {"input": {"required": {"clip_name1": [[]], "clip_name2": [[]]}}}}

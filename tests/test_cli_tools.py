@@ -139,6 +139,13 @@ def test_targets_that_cannot_be_written(dev: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match="a folder of that name"):
         dequantize(dev, tmp_path / "folder", force=True)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        os.symlink(tmp_path / "pipe", tmp_path / "to a pipe")
+        for name, force in (("pipe", True), ("to a pipe", True), ("pipe", False)):
+            with pytest.raises(CheckpointError, match="a device, pipe or socket, expected a file name"):
+                dequantize(dev, tmp_path / name, force=force)
+        assert (tmp_path / "pipe").is_fifo() and (tmp_path / "to a pipe").is_symlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1_000_000))
     for run in (
         lambda: synth(tmp_path / "x"),
