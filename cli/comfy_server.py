@@ -22,6 +22,14 @@ from .environment import comfyui_of_user, comfyui_path
 
 # A node that is registered if and only if the pack was imported.
 _WITNESS_NODE = "SVDQFluxLoader"
+# Runs a command such that Linux ends it with the thread that started it, which SIGKILL gives no time to do so itself:
+# PR_SET_PDEATHSIG outlives exec. A starter that is gone before that is no longer the parent.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 _NOT_SHIPPED = (".git", ".venv", "venv", "out", "__pycache__", ".pytest_cache", ".ruff_cache", "*.pyc")
 
 
@@ -31,6 +39,8 @@ class ServerFailed(ComfyError):
 
 class ComfyServer:
     """A running ComfyUI; use as a context manager. ``client`` talks to it.
+
+    On Linux it also ends when the thread that started it does, whatever ended that.
 
     Args:
         base_directory: holds models, input, output, user and custom_nodes of this server; made if absent.
@@ -97,7 +107,7 @@ class ComfyServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(port),
+                self._tied_to_us(self._command(port)),
                 cwd=self.base_directory,
                 env=self._environ(),
                 stdin=subprocess.DEVNULL,
@@ -169,6 +179,11 @@ class ComfyServer:
             config.write_text(json.dumps({"svdq": section}, indent=1), encoding="utf-8")
             command += ["--extra-model-paths-config", str(config)]
         return command + self._extra_arguments
+
+    def _tied_to_us(self, command: list[str]) -> list[str]:
+        if sys.platform != "linux":
+            return command
+        return [str(self.python), "-I", "-S", "-c", _TIED, str(os.getpid()), *command]
 
     def _environ(self) -> dict[str, str]:
         environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,14 +56,44 @@ def test_takes_its_children_along(tmp_path: Path) -> None:
     with fake_server(tmp_path, before=child) as server:
         pid = int(server.log_text().split()[0])
         os.kill(pid, 0)
+    gone_soon(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_ends_when_whoever_started_it_is_killed(tmp_path: Path) -> None:
+    fake_server(tmp_path)
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest
+from pathlib import Path
+from svdq.cli.comfy_server import ComfyServer
+server = ComfyServer(Path({str(tmp_path / "base")!r}), comfyui=Path({str(tmp_path / "ComfyUI")!r}), cpu=True)
+server.start()
+print(server._process.pid, flush=True)
+time.sleep(600)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(starter.stdout.readline())
+    assert is_alive(pid)
+    starter.kill()
+    starter.communicate()
+    gone_soon(pid)
+
+
+def gone_soon(pid: int) -> None:
     deadline = time.monotonic() + 10
-    with pytest.raises((ProcessLookupError, FileNotFoundError)):
-        while time.monotonic() < deadline:
-            # A killed child stays visible until whoever adopted it collects it.
-            if "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2:3]:
-                raise ProcessLookupError
-            os.kill(pid, 0)
-            time.sleep(0.05)
+    while is_alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """A killed process stays visible until whoever adopted it collects it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_comfyui_that_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
