@@ -30,6 +30,7 @@ _QUANTIZED = (
 )  # fmt: skip
 _EXPECTED = "a FLUX.1 model in 16 bits"
 _ORIGINAL = "Choose the original 16-bit file of the model"
+_FP8 = f"{_ORIGINAL}, or leave --no-calibration out: calibrated runs take fp8"
 _INCOMPLETE = "The model is incomplete or not FLUX.1: download it again"
 
 # Stock module -> the modules of diffusers whose rows make it, inside one block.
@@ -142,9 +143,11 @@ def open_dense(path: str | os.PathLike[str]) -> DenseModel:
                 found = f"the key that {tensors[key][0]} also has"
                 raise problem(header.path, key, found, "every key once", "Remove one of the two files")
             tensors[key] = (header.path, info)
-    _refuse_quantized(path, tensors)
-    prefix, diffusers = _naming(path, tensors)
+    if not tensors:
+        raise problem(path, "tensors", "none at all", _EXPECTED, _ORIGINAL)
+    prefix, diffusers = naming(path, tensors)
     found = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+    _refuse_quantized({key: tensors[key] for key in found.values()})
     if not diffusers:
         found = {_current(name): key for name, key in found.items()}
     return _check(path, headers, tensors, found, diffusers)
@@ -156,7 +159,7 @@ def stock_model(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[FluxC
     shapes: tensor name -> shape, without a prefix. Raises CheckpointError as :func:`open_dense` does.
     """
     tensors = {name: (path, TensorInfo("F32", tuple(shape), 0, 0)) for name, shape in shapes.items()}
-    _naming(path, tensors)
+    naming(path, tensors)
     model = _check(path, (), tensors, {_current(name): name for name in tensors}, diffusers=False)
     return model.config, {name: key for name, ((_, key),) in model.pieces.items()}
 
@@ -170,24 +173,31 @@ def _files(path: str) -> list[str]:
     return files
 
 
-def _refuse_quantized(path: str, tensors: dict[str, tuple[str, TensorInfo]]) -> None:
+def _refuse_quantized(tensors: Mapping[str, tuple[str, TensorInfo]]) -> None:
     for key, (file, _) in tensors.items():
         if key.endswith(_QUANTIZED):
-            raise problem(file, key, "a model that is quantized already", _EXPECTED, _ORIGINAL)
-    if not tensors:
-        raise problem(path, "tensors", "none at all", _EXPECTED, _ORIGINAL)
+            remedy = _FP8 if any(is_fp8(info) for _, info in tensors.values()) else _ORIGINAL
+            raise problem(file, key, "a model that is quantized already", _EXPECTED, remedy)
 
 
-def _naming(path: str, tensors: dict[str, tuple[str, TensorInfo]]) -> tuple[str, bool]:
-    """(prefix of the keys, whether the names are those of diffusers)."""
+def naming(path: str, tensors: Mapping[str, tuple[str, TensorInfo]]) -> tuple[str, bool]:
+    """(prefix of the model's keys, whether the names are those of diffusers). tensors: key -> (file, info).
+
+    Raises CheckpointError if there is no FLUX.1 model under any prefix.
+    """
     for prefix in _PREFIXES:
         if prefix + _BFL_FIRST in tensors:
             return prefix, False
         if prefix + _DIFFUSERS_FIRST in tensors:
             return prefix, True
+    _refuse_quantized(tensors)
     lora = next((key for key in tensors if "lora" in key), None)
     what = "a LoRA" if lora else f"a model without {_BFL_FIRST}: not FLUX.1"
     raise problem(path, lora or next(iter(tensors), "tensors"), what, _EXPECTED, "Choose a FLUX.1 transformer")
+
+
+def is_fp8(info: TensorInfo) -> bool:
+    return info.dtype.startswith("F8")
 
 
 def _current(name: str) -> str:
@@ -257,7 +267,8 @@ def _check_layer(tensors: dict[str, tuple[str, TensorInfo]], keys: list[str], sh
     infos = [tensors[key][1] for key in keys]
     for key, info in zip(keys, infos, strict=True):
         if info.dtype not in _PLAIN:
-            raise problem(tensors[key][0], key, f"dtype {info.dtype}", " or ".join(_PLAIN), _ORIGINAL)
+            remedy = _FP8 if is_fp8(info) else _ORIGINAL
+            raise problem(tensors[key][0], key, f"dtype {info.dtype}", " or ".join(_PLAIN), remedy)
     rows = sum(info.shape[0] if info.shape else 0 for info in infos)
     if len(infos[0].shape) != len(shape) or any((rows, *info.shape[1:]) != shape for info in infos):
         found = " + ".join(str(list(info.shape)) for info in infos)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from files import Tensors, changed, tiny
 from quantizer_models import FAST, dense_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_quantizer_solve import one_thread  # noqa: F401 (a fixture)
 
 from svdq.cli.dequantize import effective
@@ -73,6 +73,26 @@ def test_a_checkpoint_is_no_source(tmp_path: Path) -> None:
         open_dense(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="expected a readable file"):
         open_dense(tmp_path / "none")
+
+
+def test_only_the_model_of_an_all_in_one_file_is_judged(source: Path, tmp_path: Path) -> None:
+    encoder = "text_encoders.t5xxl.transformer."
+    scale = {f"{encoder}scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), f"{encoder}0.scale_weight": torch.ones(())}
+    model = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(source).items()}
+    save_file(model | scale, tmp_path / "all.safetensors")
+    assert open_dense(tmp_path / "all.safetensors").shapes == open_dense(source).shapes
+    save_file(model | {"model.diffusion_model.scaled_fp8": torch.zeros(2)}, tmp_path / "quantized.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.diffusion_model\.scaled_fp8: found a model that is quantized"):
+        open_dense(tmp_path / "quantized.safetensors")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fp8_is_for_calibrated_runs(scaled: bool, source: Path, tmp_path: Path) -> None:
+    tensors, name = load_file(source), "double_blocks.0.img_mlp.0"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors | ({f"{name}.scale_weight": torch.ones(())} if scaled else {}), tmp_path / "fp8")
+    with pytest.raises(CheckpointError, match="leave --no-calibration out: calibrated runs take fp8"):
+        quantize(tmp_path / "fp8", tmp_path / "out", **FAST)
 
 
 def test_weights_with_zero_columns(source: Path, tmp_path: Path) -> None:
