@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import size
+from .arguments import above_zero, positive, seed, size
 
 if TYPE_CHECKING:
     from ..quantizer.job import Result
@@ -42,14 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=size, default=DEFAULT_SIZE, metavar="WxH", help="of the calibration's pictures: 1024x1024"
     )
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="per prompt: 8 (default); 4 suits schnell")
+    parser.add_argument(
+        "--steps", type=positive, default=DEFAULT_STEPS, help="per prompt: 8 (default); 4 suits schnell"
+    )
     parser.add_argument("--text-encoders", type=Path, metavar="DIR", help="folder with t5xxl* and clip_l*")
     parser.add_argument(
         "--rank", type=_rank, default=DEFAULT_RANK, help="of the low-rank branch: 16 to 128, default 32; or auto"
     )
     parser.add_argument(
-        "--target-error", type=float, metavar="X", help="with --rank auto: of a layer's output, relative; default: 0.1"
-    )
+        "--target-error", type=above_zero, metavar="X",
+        help="with --rank auto: of a layer's output, relative; default: 0.1",
+    )  # fmt: skip
     parser.add_argument(
         "--keep-16bit", action="append", default=[], metavar="PATTERN",
         help="do not quantize these linears, by ComfyUI's names: double_blocks.0.* or *.txt_mlp.2; may be repeated",
@@ -61,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of scales and 16-bit layers; default: bf16")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto (default): a GPU if there is one")
     parser.add_argument(
-        "--iterations", type=int, default=DEFAULT_ITERATIONS, help="rounds per layer: 1 is fast, 8 (default) better"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+        "--iterations", type=positive, default=DEFAULT_ITERATIONS,
+        help="rounds per layer: 1 is fast, 8 (default) better",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=seed, default=0, help="same seed, same bytes")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
@@ -140,7 +144,10 @@ def _summary(out: str, report: dict[str, Any], seconds: float) -> str:
 
 
 def _rank(text: str) -> int | str:
-    return AUTO if text == AUTO else int(text)
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number and not {AUTO}") from error
 
 
 def quantize(

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..loaders.safetensors_file import read_header
+from ..loaders.safetensors_file import problem, read_header
+from ..loaders.weights import FluxConfig
 from ..loaders.write import check_not_read, check_target
+from ..quantizer.job import MAX_STEPS, SIDES, Settings, check_settings
 from ..quantizer.prompts import BUILTIN_PROMPTS, read_lines, read_prompts
-from ..quantizer.source import open_dense
+from ..quantizer.source import is_fp8, naming, open_dense
 from . import ROOT, UserError
 from .comfy_client import ComfyError, ConnectionLost, Event
 from .comfy_server import ComfyServer, ServerFailed
@@ -24,6 +26,7 @@ from .quantize import BUILTIN, TimeLeft
 from .workflow import offered_file
 
 NODE = "SVDQFluxQuantize"
+_COMFYUI_PREFIXES = ("", "model.diffusion_model.")  # of FLUX.1 models that UNETLoader takes
 _GIVEN = "given-to-quantize"  # folder or file, inside one of ComfyUI's, for a link to what the command line names
 _ENCODERS = {"clip_name1": ("clip_l*",), "clip_name2": ("t5xxl*fp16*", "t5xxl*")}
 
@@ -44,6 +47,11 @@ class Job:
 
 def job_of(args: argparse.Namespace) -> Job:
     """What a command line asks for, checked as far as that takes no time. Raises UserError, CheckpointError."""
+    for side in args.size:
+        if not SIDES[0] <= side <= SIDES[1]:
+            raise UserError(f"--size: {side} is not from {SIDES[0]} to {SIDES[1]} pixels")
+    if args.steps > MAX_STEPS:
+        raise UserError(f"--steps: {args.steps} is more than {MAX_STEPS}")
     source, out = Path(args.file).absolute(), Path(args.out).absolute()
     if source.is_dir():
         raise UserError(
@@ -52,12 +60,15 @@ def job_of(args: argparse.Namespace) -> Job:
         )
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: name a .safetensors file")
-    # fp8 is for ComfyUI to judge.
-    if not any(info.dtype.startswith("F8") for info in read_header(str(source)).tensors.values()):
-        open_dense(source)
+    config = _config_of(source)
     read = (source, args.conditioning, None if args.prompts == BUILTIN else args.prompts)
     check_not_read(out, filter(None, read))
     check_target(out, 0, args.force)
+    settings = Settings(
+        args.rank, args.dtype, args.iterations, args.seed, args.gptq, args.target_error or 0.0, tuple(args.keep_16bit),
+        tuple(args.keep_int8),
+    )  # fmt: skip
+    check_settings(settings, out, True, config)
     if args.text_encoders and not args.text_encoders.is_dir():
         raise UserError(f"--text-encoders {args.text_encoders}: no such folder")
     if args.conditioning:
@@ -66,14 +77,28 @@ def job_of(args: argparse.Namespace) -> Job:
     else:
         prompts = read_lines(BUILTIN_PROMPTS if args.prompts == BUILTIN else args.prompts)
     widgets = {
-        "filename": out.name, "folder": "output", "rank": args.rank, "gptq": args.gptq, "width": args.size[0],
-        "height": args.size[1], "steps": args.steps, "calibration_seed": args.seed, "overwrite": args.force,
-        "iterations": args.iterations, "dtype": args.dtype, "target_error": args.target_error or 0.0,
-        "keep_16bit": " ".join(args.keep_16bit), "keep_int8": " ".join(args.keep_int8),
+        "filename": out.name, "folder": "output", "rank": settings.rank, "gptq": settings.gptq, "width": args.size[0],
+        "height": args.size[1], "steps": args.steps, "calibration_seed": settings.seed, "overwrite": args.force,
+        "iterations": settings.iterations, "dtype": settings.dtype, "target_error": settings.target_error,
+        "keep_16bit": " ".join(settings.keep_16bit), "keep_int8": " ".join(settings.keep_int8),
     }  # fmt: skip
     cpu = {"auto": None, "cpu": True, "cuda": False}[args.device]
     conditioning = Path(args.conditioning).absolute() if args.conditioning else None
     return Job(source, out, conditioning, tuple(prompts), widgets, args.text_encoders, cpu)
+
+
+def _config_of(source: Path) -> FluxConfig | None:
+    """Sizes of the model; None for fp8, which is for ComfyUI to judge. Raises CheckpointError."""
+    path = str(source)
+    tensors = {key: (path, info) for key, info in read_header(path).tensors.items()}
+    prefix, _ = naming(path, tensors)
+    if prefix not in _COMFYUI_PREFIXES:
+        expected = f"keys without a prefix or with {_COMFYUI_PREFIXES[-1]}, which ComfyUI reads"
+        remedy = "Rename the keys, or add --no-calibration to use the weights alone, which is worse"
+        raise problem(path, "keys", f"the prefix {prefix}", expected, remedy)
+    if any(is_fp8(info) for key, (_, info) in tensors.items() if key.startswith(prefix)):
+        return None
+    return open_dense(source).config
 
 
 def run(job: Job, show: Callable[[str], None]) -> None:

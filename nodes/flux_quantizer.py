@@ -87,17 +87,19 @@ class SVDQFluxQuantize(io.ComfyNode):
                 io.Int.Input(
                     "width",
                     default=1024,
-                    min=64,
-                    max=4096,
+                    min=job.SIDES[0],
+                    max=job.SIDES[1],
                     step=16,
                     tooltip="Width of the pictures that are computed to see the activations; they are not shown.",
                 ),
-                io.Int.Input("height", default=1024, min=64, max=4096, step=16, tooltip="Their height."),
+                io.Int.Input(
+                    "height", default=1024, min=job.SIDES[0], max=job.SIDES[1], step=16, tooltip="Their height."
+                ),
                 io.Int.Input(
                     "steps",
                     default=8,
                     min=1,
-                    max=100,
+                    max=job.MAX_STEPS,
                     tooltip="Sampling steps for each prompt, spread over all noise levels: 8 for dev, 4 for schnell.",
                 ),
                 io.Int.Input(
@@ -112,7 +114,7 @@ class SVDQFluxQuantize(io.ComfyNode):
                     "iterations",
                     default=job.Settings.iterations,
                     min=1,
-                    max=32,
+                    max=job.MAX_ITERATIONS,
                     advanced=True,
                     tooltip="Rounds of branch and codes for each layer: 1 is fast, 8 better.",
                 ),
@@ -127,7 +129,7 @@ class SVDQFluxQuantize(io.ComfyNode):
                     "target_error",
                     default=0.0,
                     min=0.0,
-                    max=0.9,
+                    max=job.MAX_TARGET_ERROR,
                     step=0.01,
                     advanced=True,
                     tooltip=(

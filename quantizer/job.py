@@ -38,6 +38,10 @@ from .source import Source
 ALGORITHM = 3  # part of every job's hash: raise it when the same settings give other bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_RANK = 128
+MAX_ITERATIONS = 32
+MAX_TARGET_ERROR = 0.9
+SIDES = (64, 4096)  # width and height of the pictures of a calibration, in pixels
+MAX_STEPS = 100
 _FACTS = "facts"
 WATCHING = "watching activations"  # what progress begins with while the model runs
 _STATISTICS = "activations.safetensors"
@@ -116,7 +120,9 @@ def quantize(
     kept then.
     """
     started, out = time.monotonic(), Path(out)
-    _check(model, out, settings, calibration)
+    check_not_read(out, model.files)
+    check_target(out, 0, force)  # here for a name that is none, below for its size
+    check_settings(settings, out, calibration is not None, model.config)
     kept = kept_by(settings.keep_16bit, settings.keep_int8, model.config, str(out))
     specs = specs_of(model.config, settings.rank, settings.recipe.dtype, kept)
     units = units_of(model.config, kept)
@@ -155,19 +161,24 @@ def quantize(
     return Result(nbytes, found, len(done), tuple(others))
 
 
-def _check(model: Source, out: Path, settings: Settings, calibration: Calibration | None) -> None:
-    rank, largest = settings.rank, min(MAX_RANK, model.config.hidden_size)
+def check_settings(settings: Settings, out: Path, calibrated: bool, config: FluxConfig | None) -> None:
+    """Raise CheckpointError for settings that cannot be used. out: for errors · config: sizes of the model, None where
+    they are not known yet."""
+    rank, largest = settings.rank, MAX_RANK if config is None else min(MAX_RANK, config.hidden_size)
     if not RANK_MULTIPLE <= rank <= largest or rank % RANK_MULTIPLE:
         expected = f"a multiple of {RANK_MULTIPLE} up to {largest}"
         raise problem(str(out), "rank", rank, expected, "Choose 16, 32, 64 or 128 as rank")
-    if not 0 <= settings.target_error < 1:
-        raise problem(str(out), "target error", settings.target_error, "0 to 1", "Choose 0.1 or so")
-    if settings.iterations < 1:
-        raise problem(str(out), "iterations", settings.iterations, "1 or more", "Choose another number")
-    if settings.gptq and calibration is None:
+    if not 0 <= settings.target_error <= MAX_TARGET_ERROR:
+        expected = f"0 to {MAX_TARGET_ERROR}"
+        raise problem(str(out), "target error", settings.target_error, expected, "Choose 0.1 or so")
+    if not 1 <= settings.iterations <= MAX_ITERATIONS:
+        expected = f"1 to {MAX_ITERATIONS}"
+        raise problem(str(out), "iterations", settings.iterations, expected, "Choose another number")
+    if settings.gptq and not calibrated:
         expected = "a calibration, which sees them"
         raise problem(str(out), "activations for gptq", "none", expected, "Calibrate, or leave gptq out")
-    check_not_read(out, model.files)
+    if config is not None:
+        kept_by(settings.keep_16bit, settings.keep_int8, config, str(out))
 
 
 def _elements(model: Source, unit: Unit) -> Iterator[int]:

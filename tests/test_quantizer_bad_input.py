@@ -138,3 +138,5 @@ def test_targets(source: Path, tmp_path: Path) -> None:
     assert open_checkpoint(copy).rank == FAST["rank"]
     with pytest.raises(CheckpointError, match="Create it first"):
         quantize(source, tmp_path / "none" / "out", **FAST)
+    with pytest.raises(CheckpointError, match="a folder of that name"):
+        quantize(source, "", **FAST)

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, find_comfyui
 from files import changed, read_all, write_raw
 from quantizer_models import REPORTED, prompts, save_prompts, save_source
+from safetensors.torch import load_file, save_file
 
 from svdq import cli
 from svdq.cli import UserError, quantize_calibrated
@@ -135,6 +136,73 @@ def test_mistakes_are_found_before_comfyui_starts(files: tuple[Path, Path], tmp_
         with pytest.raises(SystemExit):
             arguments(source, out, *argv)
     assert sorted(os.listdir(tmp_path)) == ["latin.txt"]
+
+
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (("--rank", "24"), "rank: found 24, expected a multiple of 16 up to 128"),
+        (("--rank", "200"), "rank: found 200, expected a multiple of 16 up to 128"),
+        (("--keep-16bit", "nothing*"), r"layers to keep in 16 bits: found nothing\*"),
+        (("--keep-int8", "*.linear1 *.linear2"), r"layers to keep in int8: found \*.linear1 \*.linear2"),
+        (("--rank", "auto", "--target-error", "0.95"), "target error: found 0.95, expected 0 to 0.9"),
+        (("--iterations", "64"), "iterations: found 64, expected 1 to 32"),
+    ],
+)
+def test_settings_have_the_same_limits_with_and_without_calibration(
+    argv: tuple[str, ...], match: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """and are refused before ComfyUI is started"""
+    source, encoded = files
+    for how in (("--conditioning", encoded), ("--no-calibration",)):
+        with pytest.raises(CheckpointError, match=match) as error:
+            command.run(arguments(source, tmp_path / "out.safetensors", *how, *argv))
+        assert str(error.value).startswith(str(tmp_path / "out.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (("--seed", "-1"), "'-1' is not a number from 0 to 2^64 - 1"),
+        (("--seed", str(2**64)), "is not a number from 0 to 2^64 - 1"),
+        (("--steps", "0"), "'0' is not a number above 0"),
+        (("--iterations", "0"), "'0' is not a number above 0"),
+        (("--size", "0000x64"), "'0000x64' is not WIDTHxHEIGHT"),
+        (("--size", "64x0"), "'64x0' is not WIDTHxHEIGHT"),
+        (("--rank", "abc"), "'abc' is no whole number and not auto"),
+        (("--rank", "auto", "--target-error", "0"), "'0' is not a number above 0"),
+        (("--rank", "auto", "--target-error", "nan"), "'nan' is not a number above 0"),
+        (("--rank", "auto", "--target-error", "much"), "'much' is not a number above 0"),
+    ],
+)
+def test_values_that_are_none(argv: tuple[str, ...], match: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        arguments("source", "out", *argv)
+    assert match in capsys.readouterr().err
+
+
+def test_the_pictures_have_the_limits_of_the_node(files: tuple[Path, Path], tmp_path: Path) -> None:
+    for argv, match in (
+        (("--size", "16x64"), "--size: 16 is not from 64 to 4096 pixels"),
+        (("--size", "64x8192"), "--size: 8192 is not from 64 to 4096 pixels"),
+        (("--steps", "101"), "--steps: 101 is more than 100"),
+    ):
+        with pytest.raises(UserError, match=match):
+            quantize_calibrated.job_of(arguments(files[0], tmp_path / "out.safetensors", *argv))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer."])
+def test_prefixes_that_comfyui_does_not_read(prefix: str, files: tuple[Path, Path], tmp_path: Path) -> None:
+    encoded, out = files[1], tmp_path / "out.safetensors"
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        tensors = {f"{prefix}{name}": tensor.to(dtype) for name, tensor in load_file(files[0]).items()}
+        save_file(tensors, tmp_path / "model.safetensors")
+        given = arguments(tmp_path / "model.safetensors", out, "--conditioning", encoded)
+        if prefix in ("", "model.diffusion_model."):
+            assert quantize_calibrated.job_of(given).out == out
+        else:
+            with pytest.raises(CheckpointError, match=rf"keys: found the prefix {prefix}, .*--no-calibration"):
+                quantize_calibrated.job_of(given)
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])

@@ -7,13 +7,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from quantizer_models import save_prompts, save_source
+from quantizer_models import dense_model, save_prompts, save_source
 from test_quantizer_calibrated import FAST, folder, quantize  # noqa: F401 (a fixture)
 from test_quantizer_command import arguments
 from test_quantizer_solve import one_thread  # noqa: F401 (a fixture)
 
 from svdq.cli import quantize_calibrated
 from svdq.loaders import CheckpointError
+from svdq.quantizer import source
 
 pytestmark = pytest.mark.comfy
 
@@ -22,22 +23,31 @@ pytestmark = pytest.mark.comfy
 def test_the_command_gets_the_file_that_it_names(name: str, folder: Path) -> None:  # noqa: F811
     from svdq.nodes.flux_quantizer import target
 
-    source, encoded = save_source(folder / "mine.safetensors"), save_prompts(folder / "prompts.safetensors")
-    widgets = quantize_calibrated.job_of(arguments(source, folder / name, "--conditioning", encoded)).widgets
+    mine, encoded = save_source(folder / "mine.safetensors"), save_prompts(folder / "prompts.safetensors")
+    widgets = quantize_calibrated.job_of(arguments(mine, folder / name, "--conditioning", encoded)).widgets
     assert target(widgets["folder"], widgets["filename"]) == str(folder / name)
 
 
 def test_the_file_of_the_model_is_never_replaced(folder: Path, comfy: ModuleType) -> None:  # noqa: F811
     import comfy.sd
 
-    source = save_source(folder / "mine.safetensors")
+    mine = save_source(folder / "mine.safetensors")
     os.symlink(folder, folder / "linked")
-    os.link(source, folder / "twin.safetensors")
-    before = source.read_bytes()
-    model = comfy.sd.load_diffusion_model(str(source)).clone()
+    os.link(mine, folder / "twin.safetensors")
+    before = mine.read_bytes()
+    model = comfy.sd.load_diffusion_model(str(mine)).clone()
     for filename in ("mine", "linked/mine", "twin"):
         with pytest.raises(CheckpointError, match=rf"{filename}\.safetensors: file: found a file that is read"):
             quantize(model, filename=filename, overwrite=True, **FAST)
-    assert source.read_bytes() == before and not list(folder.glob("*.partial"))
+    assert mine.read_bytes() == before and not list(folder.glob("*.partial"))
     out = quantize(model, filename="other", **FAST)
     assert quantize(model, filename="other", overwrite=True, **FAST) == out
+
+
+@pytest.mark.parametrize("prefix", source._PREFIXES)
+def test_prefixes_that_comfyui_reads(prefix: str, comfy: ModuleType) -> None:
+    """Those that the command takes for a calibrated run, and no other that the quantizer knows"""
+    import comfy.sd
+
+    found = comfy.sd.load_diffusion_model_state_dict({f"{prefix}{k}": t for k, t in dense_model().items()})
+    assert (found is not None) is (prefix in quantize_calibrated._COMFYUI_PREFIXES)
