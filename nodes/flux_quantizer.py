@@ -107,7 +107,7 @@ class SVDQFluxQuantize(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
-                    tooltip="Of the noise. The same inputs give the same file.",
+                    tooltip="Of the noise, and of what is random in quantizing. The same inputs give the same file.",
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
                 io.Int.Input(
@@ -176,6 +176,7 @@ class SVDQFluxQuantize(io.ComfyNode):
             single["rank"],
             single["dtype"],
             single["iterations"],
+            single["calibration_seed"],
             gptq=single["gptq"],
             target_error=single["target_error"],
             keep_16bit=tuple(single.get("keep_16bit", "").split()),

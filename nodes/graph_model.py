@@ -169,7 +169,7 @@ class FluxCalibration:
             def step(number: int, *_: object, before: int = index * self._steps) -> None:
                 on_step(before + number + 1, total)
 
-            seed = self._seed + index
+            seed = (self._seed + index) % 2**64
             noise = comfy.sample.prepare_noise(self._latent, seed)
             comfy.sample.sample(
                 self._patcher, noise, self._steps, 1.0, "euler", "simple", [prompt], [prompt], self._latent,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from quantizer_models import dense_model, save_prompts, save_source
+from files import read_all
+from quantizer_models import dense_model, load_dense, save_prompts, save_source
 from test_quantizer_calibrated import FAST, folder, quantize  # noqa: F401 (a fixture)
 from test_quantizer_command import arguments
 from test_quantizer_solve import one_thread  # noqa: F401 (a fixture)
@@ -42,6 +44,13 @@ def test_the_file_of_the_model_is_never_replaced(folder: Path, comfy: ModuleType
     assert mine.read_bytes() == before and not list(folder.glob("*.partial"))
     out = quantize(model, filename="other", **FAST)
     assert quantize(model, filename="other", overwrite=True, **FAST) == out
+
+
+def test_the_seed_is_of_noise_and_quantizing(folder: Path, comfy: ModuleType) -> None:  # noqa: F811
+    """The largest one, too, with which each prompt has noise of its own"""
+    model, last = load_dense(dense_model()), 2**64 - 1
+    made = json.loads(read_all(quantize(model, calibration_seed=last, **FAST))[1]["svdq.quantizer"])
+    assert (made["calibration_seed"], made["seed"]) == (last, last)
 
 
 @pytest.mark.parametrize("prefix", source._PREFIXES)
