@@ -17,7 +17,7 @@ from ..loaders.flux_names import LOW_RANK_LEAVES, AWQSource, PlainSource, W4A4So
 from ..loaders.kitchen import kitchen_layer
 from ..loaders.nunchaku import stored_layer
 from ..loaders.safetensors_file import mapped_reader, problem, read_header
-from ..loaders.tensor_set import some
+from ..loaders.tensor_set import VARIANT, some
 from ..loaders.weights import Int8Linear, Layer
 from ..loaders.write import Spec
 from ..quantizer.job import file_metadata
@@ -161,7 +161,7 @@ class Nunchaku(_FourBit):
         made = file_metadata(_base(checkpoint.path), checkpoint.config, self.rank)
         if checkpoint.format == "nunchaku-legacy-folder" and not self._loras:
             return {key: checkpoint.metadata.get(key, made[key]) for key in _PUBLISHED}
-        kept = checkpoint.metadata if checkpoint.format.startswith("nunchaku") else {}
+        kept = checkpoint.metadata if checkpoint.format.startswith("nunchaku") else {VARIANT: checkpoint.variant}
         return made | kept | {"quantization_config": made["quantization_config"]} | _lora_metadata(self._loras)
 
 
@@ -260,7 +260,7 @@ def _own_metadata(checkpoint: Checkpoint, loras: Sequence[tuple[str, float]], wh
         "modelspec.architecture": "flux-1",
         "svdq.source": _base(checkpoint.path),
         "svdq.source_format": checkpoint.format,
-        "svdq.variant": checkpoint.variant,
+        VARIANT: checkpoint.variant,
         "svdq.note": f"{what}: its quality, not that of the original model",
     } | _lora_metadata(loras)
 

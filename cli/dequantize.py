@@ -57,6 +57,7 @@ def dequantize(
 
     from ..loaders import open_checkpoint
     from ..loaders.safetensors_file import mapped_reader
+    from ..loaders.tensor_set import VARIANT
     from ..loaders.weights import on_device
     from ..loaders.write import Spec, check_not_read, safetensors_writer
 
@@ -74,7 +75,7 @@ def dequantize(
         "modelspec.architecture": "flux-1",
         "svdq.source": os.path.basename(os.path.abspath(path)),
         "svdq.source_format": checkpoint.format,
-        "svdq.variant": checkpoint.variant,
+        VARIANT: checkpoint.variant,
         "svdq.note": "effective weights of an SVDQuant INT4 checkpoint: its quality, not that of the original model",
     }
     with safetensors_writer(out, specs, metadata, force) as write:

@@ -158,7 +158,7 @@ def build_kitchen(header: Header, reader: Reader) -> Checkpoint:
         path=header.path,
         files=(header.path,),
         format="comfy-kitchen",
-        variant=variant(header.path, {}, config),
+        variant=variant(header.path, header.metadata, config),
         precision="int4",
         ranks=dict(sorted(counts.items())),
         dtype=_TORCH[next(info.dtype for name, info in tensors.infos.items() if name.endswith(".weight_scale"))],

@@ -100,7 +100,7 @@ def build_saved(header: Header, reader: Reader) -> Checkpoint:
         path=header.path,
         files=(header.path,),
         format="comfyui",
-        variant=variant(header.path, {}, config),
+        variant=variant(header.path, header.metadata, config),
         precision="int4",
         ranks=ranks,
         dtype=_TORCH[next(info.dtype for name, info in tensors.infos.items() if name.endswith(_TELLING))],

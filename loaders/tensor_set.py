@@ -19,6 +19,8 @@ from .weights import FluxConfig, Int8Linear, LowRank
 HALF = ("BF16", "F16")
 PLAIN = ("BF16", "F16", "F32")
 TIME_EMBEDDING = 256
+VARIANT = "svdq.variant"  # in metadata
+_BY_NAME = {64: ("kontext", "krea"), 128: ("canny", "depth")}  # input channels -> variants that only names tell apart
 _SHOWN = 3
 
 TensorTable = dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]
@@ -281,14 +283,17 @@ def some(names: Iterable[str]) -> str:
 
 
 def variant(path: str, metadata: Mapping[str, str], config: FluxConfig) -> str:
-    """The model's usual name. Shapes tell families apart; within a family only names do."""
-    hint = (path.replace("\\", "/").rstrip("/").rpartition("/")[2] + " " + metadata.get("config", "")).lower()
+    """The model's usual name. Shapes tell families apart; within a family only names do: of the file, in its config, or
+    what it was taken for when this pack wrote it."""
+    name, taken_for = path.replace("\\", "/").rstrip("/").rpartition("/")[2], metadata.get(VARIANT, "")
+    known = _BY_NAME.get(config.in_channels, ())
+    hint = " ".join((name, metadata.get("config", ""), taken_for if taken_for in known else "")).lower()
     if not config.guidance_embed:
         return "schnell"
     if config.in_channels == 64:
-        return next((name for name in ("kontext", "krea") if name in hint), "dev")
+        return next((name for name in known if name in hint), "dev")
     if config.in_channels == 128:
-        return next((name for name in ("canny", "depth") if name in hint), "canny or depth")
+        return next((name for name in known if name in hint), "canny or depth")
     if config.in_channels == 384:
         return "fill"
     return f"dev with {config.in_channels} input channels"

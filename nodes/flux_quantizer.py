@@ -198,7 +198,8 @@ class SVDQFluxQuantize(io.ComfyNode):
             bar.update_absolute(done, total)
 
         os.makedirs(os.path.dirname(out), exist_ok=True)
-        name = f"{NAME} {os.path.basename(out)}"
+        # The loader looks for the variant in it.
+        name = f"{NAME} {os.path.basename(model.files[0] if model.files else out)}"
         metadata = job.file_metadata(name, model.config, single["rank"])
         # Others lack float64.
         device = "cuda" if management.get_torch_device().type == "cuda" else "cpu"

@@ -166,6 +166,25 @@ def test_there_and_back_is_the_same_file(dev: Path, written: dict[str, Path], tm
             assert_same(got[name], tensor, name)
 
 
+@pytest.mark.parametrize(
+    "model, name", [("dev", "krea"), ("dev", "kontext"), ("canny", "depth"), ("canny", "canny"), ("schnell", "krea")]
+)
+def test_the_variant_survives_other_names(model: str, name: str, tmp_path: Path) -> None:
+    """of files, where nothing else tells"""
+    path = tiny(tmp_path, variant=model)
+    path = changed(path, lambda _, metadata: metadata.pop("config"), f"flux1-{name}-mine.safetensors")
+    expected = open_checkpoint(path).variant
+    assert expected == (name if model != "schnell" else "schnell")
+    convert(path, tmp_path / "a.safetensors", "comfy-svdquant")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "nunchaku")
+    assert [open_checkpoint(tmp_path / f"{letter}.safetensors").variant for letter in "ab"] == [expected] * 2
+    for other in ("canny or depth", "kontext", "pro"):
+        odd = changed(tmp_path / "b.safetensors", lambda _, metadata, other=other: (
+            metadata.pop("config"), metadata.update({"svdq.variant": other})))  # fmt: skip
+        plain = {"dev": "dev", "canny": "canny or depth", "schnell": "schnell"}[model]
+        assert open_checkpoint(odd).variant == (other if (model, other) == ("dev", "kontext") else plain)
+
+
 def test_zero_points_there_and_back(tmp_path: Path) -> None:
     """Those of the quantizer are no multiples of the scale: they move by half a bit of the larger of both forms"""
     path = golden_path("svdq-int4_r16-tinyflux.safetensors")

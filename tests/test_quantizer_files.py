@@ -15,7 +15,7 @@ from test_quantizer_command import arguments
 from test_quantizer_solve import one_thread  # noqa: F401 (a fixture)
 
 from svdq.cli import quantize_calibrated
-from svdq.loaders import CheckpointError
+from svdq.loaders import CheckpointError, open_checkpoint
 from svdq.quantizer import source
 
 pytestmark = pytest.mark.comfy
@@ -44,6 +44,14 @@ def test_the_file_of_the_model_is_never_replaced(folder: Path, comfy: ModuleType
     assert mine.read_bytes() == before and not list(folder.glob("*.partial"))
     out = quantize(model, filename="other", **FAST)
     assert quantize(model, filename="other", overwrite=True, **FAST) == out
+
+
+def test_the_variant_is_that_of_the_source(folder: Path, comfy: ModuleType) -> None:  # noqa: F811
+    import comfy.sd
+
+    mine = save_source(folder / "flux1-krea-mine.safetensors")
+    assert open_checkpoint(quantize(comfy.sd.load_diffusion_model(str(mine)), **FAST)).variant == "krea"
+    assert open_checkpoint(quantize(load_dense(dense_model()), filename="kontext", **FAST)).variant == "kontext"
 
 
 def test_the_seed_is_of_noise_and_quantizing(folder: Path, comfy: ModuleType) -> None:  # noqa: F811
