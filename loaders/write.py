@@ -26,6 +26,7 @@ _NAMES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.int32: "I32",
     torch.uint8: "U8",
 }  # fmt: skip
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,15 @@ def check_target(path: Path, nbytes: int, force: bool) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise problem(
-            str(path), "free disk space", f"{free / 1e9:.1f} GB", f"{nbytes / 1e9:.1f} GB",
+            str(path), "free disk space", _amount(free), _amount(nbytes),
             "Make room or write to another disk",
         )  # fmt: skip
+
+
+def _amount(nbytes: int) -> str:
+    """In the unit that shows it."""
+    unit, size = next(((unit, size) for unit, size in _UNITS if nbytes >= size), _UNITS[-1])
+    return f"{nbytes / size:.1f} {unit}"
 
 
 def check_not_read(path: str | os.PathLike[str], files: Iterable[str | os.PathLike[str]]) -> None:

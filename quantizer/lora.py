@@ -25,6 +25,8 @@ from .source import check_finite, diffusers_names, stock_shapes
 _EXPECTED = "a LoRA for FLUX.1, as its trainer wrote it"
 _OTHER_MODEL = "Choose a LoRA that was made for this model"
 _MERGE = "Bake it into the 16-bit model: the node SVDQ Quantize does that behind any LoRA node"
+_PEFT_DORA = "DoRA of PEFT"
+_MERGE_PEFT = "Bake it into the 16-bit model with PEFT: ComfyUI does not know its magnitudes"
 
 # Ends of the keys of both factors and of their scale.
 _DOWN = (
@@ -36,10 +38,11 @@ _ENDS = [*((end, "down") for end in _DOWN), *((end, "up") for end in _UP), (".al
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "text_model")
 # What else may be in such a file -> what it is called.
 _OTHERS = {
-    ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale": "DoRA", ".oft_": "OFT", ".a1.weight": "GLoRA",
-    ".lora_mid": "LoCon", ".diff_b": "differences of biases", ".lora_B.bias": "differences of biases",
-    ".b_norm": "differences of biases", ".w_norm": "full differences", ".diff": "full differences",
-    ".set_weight": "new weights", "_norm.scale": "new weights", ".reshape_weight": "a wider layer",
+    ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude": _PEFT_DORA,
+    ".oft_": "OFT", ".a1.weight": "GLoRA", ".lora_mid": "LoCon", ".diff_b": "differences of biases",
+    ".lora_B.bias": "differences of biases", ".b_norm": "differences of biases", ".w_norm": "full differences",
+    ".diff": "full differences", ".set_weight": "new weights", "_norm.scale": "new weights",
+    ".reshape_weight": "a wider layer",
 }  # fmt: skip
 
 _Keys = dict[str, str]  # "down", "up", "alpha" -> key
@@ -112,7 +115,8 @@ def _by_name(path: str, keys: Sequence[str], targets: Mapping[str, _Target]) -> 
         unknown.append(key) if what is None else others[what].append(key)
     if others:
         what, telling = next(iter(others.items()))
-        raise problem(path, some(telling), f"{what} ({len(telling)} tensors)", "factors of LoRAs only", _MERGE)
+        remedy = _MERGE_PEFT if what == _PEFT_DORA else _MERGE
+        raise problem(path, some(telling), f"{what} ({len(telling)} tensors)", "factors of LoRAs only", remedy)
     unknown += [keys_of["alpha"] for keys_of in found.values() if set(keys_of) == {"alpha"}]
     if unknown:
         raise problem(path, some(unknown), f"{len(unknown)} keys of no layer of this model", _EXPECTED, _OTHER_MODEL)

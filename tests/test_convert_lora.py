@@ -305,6 +305,14 @@ def test_other_families_are_refused_by_name(family: str, env: SimpleNamespace, d
             bake(dev, tensors, to)
 
 
+@pytest.mark.parametrize("end", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
+def test_dora_as_peft_writes_it(end: str, dev: Path) -> None:
+    """ComfyUI, which does not know it, would be bad advice"""
+    tensors = lora_for({QKV: (768, 256)}) | {f"diffusion_model.{QKV}.{end}": torch.ones(768)}
+    with pytest.raises(CheckpointError, match=rf"{QKV}\.{end}: found DoRA of PEFT \(1 tensors\), .* with PEFT: Com"):
+        bake(dev, tensors)
+
+
 @pytest.mark.parametrize(
     "change, match",
     [
