@@ -128,14 +128,13 @@ def quantize(
     units = units_of(model.config, kept)
     described = settings.describe(calibration)
     folder = _job_folder(model, out, described, device)
-    done = _finished(folder, units, specs)
-    # Twice the size at the end: the units and the file that is put together from them.
     total = sum(spec.nbytes for spec in specs.values())
-    check_target(out, 2 * total - sum(_nbytes(unit, specs) for unit in units if unit.name in done), force)
-
     weights = {unit.name: sum(_elements(model, unit)) for unit in units}
-    count = sum(weights[name] for name in done)
-    with _explained(folder):
+    with _explained(folder), _alone(folder.parent, out):
+        done = _finished(folder, units, specs)
+        # Twice the size at the end: the units and the file that is put together from them.
+        check_target(out, 2 * total - sum(_nbytes(unit, specs) for unit in units if unit.name in done), force)
+        count = sum(weights[name] for name in done)
         folder.mkdir(parents=True, exist_ok=True)
         missing = [unit for unit in units if unit.name not in done]
         work = _with_activations(units, missing, model, settings, calibration, folder, progress)
@@ -154,9 +153,7 @@ def quantize(
         found = report.make_report(model, out.name, described, device, facts, nbytes, seconds)
         report.write_reports(folder, out, found)
         os.replace(assembled, out)
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
     others = sorted(str(path) for path in folder.parent.iterdir()) if folder.parent.is_dir() else []
     return Result(nbytes, found, len(done), tuple(others))
 
@@ -285,6 +282,36 @@ def _finished(folder: Path, units: list[Unit], specs: Mapping[str, Spec]) -> set
 
 def _nbytes_without_rank(name: str, info: TensorInfo | Spec) -> int:
     return info.nbytes // info.shape[1] if name.endswith(LOW_RANK_LEAVES) else info.nbytes
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """Hold the folder of unfinished work, which is made if absent, and removed if nothing is left in it.
+
+    Raises CheckpointError if another process has it; the system frees it when that ends. Windows and some network disks
+    have no such locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            import fcntl
+
+            held = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, held)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                found = "another process that is quantizing to it"
+                raise problem(str(out), "file", found, "one at a time", "Wait, or choose another name") from error
+            except OSError:
+                pass  # a disk without locks
+        stack.callback(_remove_if_empty, folder)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], facts: list[Facts]) -> None:

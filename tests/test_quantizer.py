@@ -348,6 +348,21 @@ def test_other_settings_or_another_source_do_not_mix(source: Path, made: Path, t
     assert result.resumed == 0 and len(result.leftovers) == 5 and out.read_bytes() == made.read_bytes()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+@pytest.mark.parametrize("settings", [{}, {"seed": 1}])
+def test_one_process_at_a_time(settings: dict[str, int], source: Path, made: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out.safetensors", []
+
+    def meanwhile(done: int, total: int, name: str) -> None:
+        with pytest.raises(CheckpointError, match="file: found another process that is quantizing to it") as error:
+            quantize(source, out, **FAST, **settings, force=True)
+        refused.append(str(error.value))
+
+    quantize(source, out, **FAST, progress=meanwhile)
+    assert refused and refused[0].startswith(str(out)) and out.read_bytes() == made.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == REPORTED
+
+
 def test_full_disk_keeps_what_is_done(
     source: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
