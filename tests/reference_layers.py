@@ -15,9 +15,17 @@ from svdq.kernels import layout, reference
 
 
 def in_place_of_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """{precision: object of layers.py} whose kernels are those below. Skips without Triton, which layers.py imports."""
+    """{precision: object of layers.py} whose kernels are those below.
+
+    Skips without Triton, which layers.py imports, and where ComfyUI would put models on a GPU.
+    """
     pytest.importorskip("triton")
+    import comfy.model_management
+
     from svdq.kernels import layers
+
+    if comfy.model_management.get_torch_device().type != "cpu":
+        pytest.skip("stands in for a GPU where there is none")
 
     for function in (quantize_act, gemm_w4a4, gemm_gelu_quantize, quantize_act_int8, gemm_w8a8, weight_of, factors_of,
                      gemv_w4a16, add_lora):  # fmt: skip
