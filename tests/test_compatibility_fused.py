@@ -14,6 +14,12 @@ import reference_layers
 import torch
 from compatibility_env import CASES, sample
 from flux_models import dense_state_dict, relative
+from test_lora_families import (  # noqa: F401  once more, with the fixture of this file
+    test_a_partly_loaded_model,
+    test_another_strength_needs_no_fresh_model,
+    test_removing_restores_every_bit,
+    test_two_branches_of_one_graph_with_different_loras,
+)
 
 from svdq.loaders import open_checkpoint
 
@@ -71,6 +77,11 @@ def env(comfy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNames
         torch.set_num_threads(1)
         yield env
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fused_by_default(env: SimpleNamespace) -> None:
+    env.which = "fused"
 
 
 @pytest.mark.parametrize("name", NAMES)
