@@ -45,6 +45,8 @@ LORA = "test-lora.safetensors"
 STAND_IN_MODELS = {
     "svdq-int4_r32-flux.1-dev.safetensors": "dev",
     "svdq-int4_r32-flux.1-schnell.safetensors": "schnell",
+    "svdq-int4_r32-flux.1-kontext-dev.safetensors": "kontext",
+    "svdq-int4_r32-flux.1-fill-dev.safetensors": "fill",
 }
 STAND_IN_ENCODERS = ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
 STAND_IN_VAE = "ae.safetensors"

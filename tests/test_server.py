@@ -115,8 +115,13 @@ def test_workflow_runs_without_its_text_encoder(comfy_server: RunningServer, wor
     del prompt[find_node(prompt, "DualCLIPLoader")]
     prompt[text] = {"class_type": "SVDQDemoPrompt", "inputs": {"model": [loader, 0], "text": "a fox"}}
     set_input(prompt, "SVDQFluxSampler", "steps", 4)
-    if "image to image" in workflow:
+    kinds = {node["class_type"] for node in prompt.values()}
+    if "ImageScaleToTotalPixels" in kinds:
         set_input(prompt, "ImageScaleToTotalPixels", "megapixels", 0.02)
+    elif "FluxKontextImageScale" in kinds:  # to a megapixel
+        image = prompt[find_node(prompt, "FluxKontextImageScale")]
+        image["class_type"] = "ImageScale"
+        image["inputs"] |= {"upscale_method": "area", "width": 128, "height": 128, "crop": "disabled"}
     else:
         for side in ("width", "height"):
             set_input(prompt, "EmptySD3LatentImage", side, 128)
