@@ -50,6 +50,9 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
     except Exception as error:  # comes again where kernels start, and is named there
         log.debug("compiling ahead failed: %s", error)
         return
+    except BaseException:  # somebody cancels
+        _seen.discard(key)
+        raise
     finally:
         active_mode.set(before)  # which Triton 3.5 leaves to itself only where nothing fails
     log.debug("%d kernels in %.1f s, %d threads", len(compiling.future_kernels), time.perf_counter() - start, threads)

@@ -87,6 +87,16 @@ def test_a_key_is_compiled_once(kernels) -> None:
     assert compiled(kernels) == 2
 
 
+def test_a_key_is_compiled_once_more_after_somebody_cancelled(kernels) -> None:
+    def cancel() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ahead.compile_once("key", cancel)
+    ahead.compile_once("key", lambda: start(SIZES[:1]))
+    assert compiled(kernels) == 1
+
+
 def test_other_threads_start_theirs(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     warm: dict[str, bool] = {}
     monkeypatch.setattr(ahead.JITFunction, "run", lambda self, *_, warmup, who, **__: warm.update({who: warmup}))
