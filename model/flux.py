@@ -299,7 +299,11 @@ class _Fused:
                 compute(attend, *tensors)
                 return streams
             places = (modulates, *weights.places)
-            return self.graphs.run(self, kind, places, compute, attend, apart, tensors, len(streams))
+            results = self.graphs.run(self, kind, places, compute, attend, apart, tensors, len(streams))
+            if results[0] is not streams[0] and _is_wrapped(len(streams), transformer_options):
+                # Whoever wraps a block may call it twice, and a graph writes to the same tensors both times.
+                results = tuple(result.clone() for result in results)
+            return results
         finally:
             unpin(pins)
 
@@ -414,6 +418,13 @@ class FusedSingleBlock(_Fused, SingleStreamBlock):
                 del qkv
                 head = self.layers.quantize(attention.reshape(-1, hidden), attn_out)
                 self.layers.multiply_sum(head, attn_out, y, fc2, bias2, self._gate(gate, rows), out=rows)
+
+
+def _is_wrapped(streams: int, transformer_options: dict) -> bool:
+    """Whether something calls the block in ComfyUI's place (``patches_replace``)."""
+    kind = "double_block" if streams == 2 else "single_block"
+    wrapped = transformer_options.get("patches_replace", {}).get("dit", {})
+    return (kind, transformer_options.get("block_index")) in wrapped
 
 
 def torch_attention(transformer_options: dict) -> bool:
