@@ -17,7 +17,7 @@ from ..loaders import Checkpoint, PlainLayer, open_checkpoint
 from .flux import fuse_blocks, fused_blocks
 from .kept_weights import WEIGHTS
 from .layout_svdq import quantized_weight
-from .ops import make_operations
+from .ops import QuantizedLinear, make_operations
 from .patcher import adopt
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,17 @@ def state_dict(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, LoR
 
 
 def _on_detach(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
-    """Graphs and INT8 copies go when the model leaves the GPU, not when another clone takes its place or a clone is
-    deleted."""
+    """Graphs, INT8 copies and factors of LoRAs go when the model leaves the GPU, not when another clone takes its place
+    or a clone is deleted."""
+    if not unpatch_all:
+        return
     blocks = fused_blocks(patcher.model.diffusion_model)
-    if unpatch_all and blocks:
+    if blocks:
         blocks[0].kept.forget()
         blocks[0].graphs.clear()
+    for module in patcher.model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.free()
 
 
 def _comfy_reader(path: str):

@@ -211,6 +211,10 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
                     self._origin.remember(self._parameters[name], parameter)
         return self
 
+    def free(self) -> None:
+        """Give up what was made of the weight and its patches on a device."""
+        self._made.free()
+
     # ---- patches
 
     def _patches(self, name: str) -> list[lora.Patch]:

@@ -150,6 +150,13 @@ class SVDQModelPatcher(_KeptMixin, _LoraMixin, _DenseMixin, SaveMixin, comfy.mod
         loaded = used > 0 and not self.model.model_lowvram and self.model.device == device_to
         changed = not force_patch_weights and self._change_patches(device_to)
         self._stays = loaded and used + extra_memory > self.model_size()
+        uuid = self.model.current_weight_patches_uuid
+        if uuid is not None and (uuid != self.patches_uuid or force_patch_weights) and not self._stays:
+            # Core takes all weights off the GPU and asks nobody for the copies and the graphs that go with them.
+            kept, _ = self._kept()
+            if kept is not None:
+                kept.forget()
+            self._clear_graphs()
         try:
             result = super().partially_load(device_to, extra_memory, force_patch_weights)
         finally:
