@@ -169,9 +169,7 @@ class BlockGraphs:
                 except torch.OutOfMemoryError:
                     log.info("SVDQ FLUX: no VRAM for the CUDA graph of a block, which takes %d bytes", plan.total)
                     return _UNFIT
-            # Graphs that allocate nothing have nothing to share.
-            place, pool = graph_memory.Use(plan, shapes.memory), torch.cuda.graph_pool_handle()
-            memory = shapes.memory
+            place, pool, memory = graph_memory.Use(plan, shapes.memory), None, shapes.memory
         # Not torch.cuda.graph(), which collects garbage and empties caches each time.
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
@@ -190,6 +188,8 @@ class BlockGraphs:
         found: Any = captured
         with torch.cuda.stream(stream), _no_garbage_collection():
             try:
+                if plan is not None:
+                    pool, *_ = _pool_of_nothing(statics[0].device)
                 begin()
                 with place:
                     compute(divide if apart else attend, *statics)
@@ -204,8 +204,9 @@ class BlockGraphs:
                 with contextlib.suppress(RuntimeError):  # of a capture that is broken already, or has ended
                     captured.graphs[-1].capture_end()
                 # Where that fails, the allocator goes on as if the capture did, and frees nothing any more.
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(statics[0].device.index, pool)
+                if pool is not None:
+                    with contextlib.suppress(RuntimeError):
+                        torch._C._cuda_endAllocateToPool(statics[0].device.index, pool)
         current.wait_stream(stream)
         return found
 
@@ -232,6 +233,21 @@ def _keep(graphs: dict[tuple, Any], weights: tuple, found: Any) -> None:
     while len(graphs) >= PLACES:
         del graphs[next(iter(graphs))]
     graphs[weights] = found
+
+
+@functools.cache
+def _pool_of_nothing(device: torch.device) -> tuple[tuple[int, int], torch.cuda.CUDAGraph, Tensor]:
+    """Of all graphs that allocate nothing, with a graph that stays in it, to be captured on the current stream.
+
+    torch keeps 48 KB of RAM for each pool that there has been, and refuses a pool that no graph is in any more.
+    """
+    pool, graph, some = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph(), torch.zeros(1, device=device)
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        some.zero_()
+    finally:
+        graph.capture_end()
+    return pool, graph, some
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ class Graph(TorchDispatchMode):
     """
 
     made = 0
+    pools: ClassVar[set[Any]] = set()
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class Graph(TorchDispatchMode):
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         assert not gc.isenabled(), "it could free what a capture must not"
+        Graph.pools.add(pool)
         self.__enter__()
 
     def capture_end(self) -> None:
@@ -71,9 +73,14 @@ def graphs(comfy, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(graph_memory, "DEVICE", "cpu")
     graphs.enabled.cache_clear()
+    graphs._pool_of_nothing.cache_clear()
+    with graphs._no_garbage_collection():
+        graphs._pool_of_nothing(torch.device("cpu"))
     Graph.made = 0
     yield graphs
     graphs.enabled.cache_clear()
+    graphs._pool_of_nothing.cache_clear()
+    Graph.pools.clear()
 
 
 class Block:
@@ -129,6 +136,15 @@ def test_a_replay_computes_the_same(graphs, apart: bool) -> None:
     assert gc.isenabled()
     assert held.held > 0 and held.clear() > 0
     assert held.count() == held.held == 0
+
+
+def test_all_graphs_are_in_one_pool(graphs) -> None:
+    """torch keeps RAM for each one that there has been: 2.5 MB for every model that is loaded, were it one a graph."""
+    for _ in range(2):
+        held, blocks = graphs.BlockGraphs(), [Block(0.5), Block(0.25)]
+        passes(graphs, held, blocks, some(), [add_up] * 5, apart=True)
+        assert held.count() == len(blocks)
+    assert len(Graph.pools) == 1
 
 
 def test_attention_of_others_is_called_each_time(graphs) -> None:
