@@ -192,7 +192,7 @@ def quantize_int8_figures(
     names = ("x_ptr", "smooth_ptr", "proj_down_ptr", "scale_ptr", "shift_ptr", "codes_ptr")
     pointers = dict.fromkeys(names, "*i32") | {"scales_ptr": "*fp32", "lora_act_ptr": f"*{dtype}"}
     pointers |= {"parts_ptr": "*fp32", "low_rank_ptr": "*fp32", "arrived_ptr": "*i32"}
-    aligned = ("K", "stride_x", "stride_lora", "stride_modulation")
+    aligned = ("K", "stride_x", "first_rank", "part_ranks", "part_stride", "stride_modulation")
     sizes = dict.fromkeys((*aligned, "rows_per_batch", "blocks_per_batch"), "i32")
     constants = {
         "NORM": norm,

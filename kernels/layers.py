@@ -182,10 +182,11 @@ class Int8Layers(Layers):
     def _quantize_once(self, x, parts, modulation):
         downs, ups = zip(*(factors_of(part) for part in parts), strict=True)
         scale, shift = (None, None) if modulation is None else (modulation.scale, modulation.shift)
-        codes, scales, lora_act = quantize_act_int8(x, parts[0], torch.cat(downs), scale, shift)
-        return tuple(
-            Int8Input(codes, scales, ranks, up) for ranks, up in zip(_split(lora_act, parts), ups, strict=True)
-        )
+        alike = all(part.rank == parts[0].rank for part in parts)
+        layers = len(parts) if alike else 1
+        codes, scales, lora_act = quantize_act_int8(x, parts[0], torch.cat(downs), scale, shift, layers)
+        ranks = lora_act.unbind(0) if layers > 1 else _split(lora_act, parts)
+        return tuple(Int8Input(codes, scales, *rest) for rest in zip(ranks, ups, strict=True))
 
     def multiply(self, x, part, bias, after=None, out=None):
         weight = weight_of(part)

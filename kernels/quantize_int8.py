@@ -130,7 +130,7 @@ def _compute(step, factors, buffers, sums, largest, norm, NORM: gl.constexpr, UN
 def quantize_int8_kernel(
     x_ptr, smooth_ptr, proj_down_ptr, scale_ptr, shift_ptr, codes_ptr, scales_ptr, lora_act_ptr,
     parts_ptr, low_rank_ptr, arrived_ptr,
-    K, stride_x, stride_lora, stride_modulation, rows_per_batch, blocks_per_batch,
+    K, stride_x, first_rank, part_ranks, part_stride, stride_modulation, rows_per_batch, blocks_per_batch,
     NORM: gl.constexpr, UNSIGNED: gl.constexpr, CODES: gl.constexpr, T: gl.constexpr, XORSIGN: gl.constexpr,
     RT: gl.constexpr, TILES: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr, SLICES: gl.constexpr,
     STEPS: gl.constexpr, AHEAD: gl.constexpr, EXACT: gl.constexpr,
@@ -139,8 +139,9 @@ def quantize_int8_kernel(
 
     Pointers are to int32 words of pairs or of four codes but scales_ptr (float32), lora_act_ptr (T), parts_ptr (float32
     [blocks, 3, SLICES, tiles, 8]) and low_rank_ptr (float32 [blocks, SLICES, tiles, power of 2, 128]) · stride_x,
-    stride_modulation: in words · CODES: False for low-rank columns alone · RT: r16 tiles of proj_down, up to 4 · STEPS:
-    of a slice, even · EXACT: whether all slices have that many.
+    stride_modulation: in words · first_rank, part_ranks, part_stride: see store_low_rank · CODES: False for low-rank
+    columns alone · RT: r16 tiles of proj_down, up to 4 · STEPS: of a slice, even · EXACT: whether all slices have that
+    many.
     """
     Q: gl.constexpr = word_layout(WARPS)
     ALL: gl.constexpr = TILES + (1 if PART > 0 else 0)
@@ -155,6 +156,7 @@ def quantize_int8_kernel(
     stop = gl.minimum(start + STEPS * SPAN, K // 2)
     ptrs = (smooth_ptr, scale_ptr + batch * stride_modulation, shift_ptr + batch * stride_modulation, proj_down_ptr)
     arrived_ptr += block
+    places = first_rank, part_ranks, part_stride
     parts_ptr += block * (3 * SLICES * ALL * 8)
     low_rank_ptr += (block * SLICES).to(gl.int64) * (ALL * KEPT)
 
@@ -243,7 +245,7 @@ def quantize_int8_kernel(
         for t in gl.static_range(ALL):
             total = low_rank_total(buffers[t], RT, WARPS)
             if SLICES == 1:
-                store_low_rank(lora_act_ptr, total, first + t * 8, last, stride_lora, 8 if t < TILES else PART, RT)
+                store_low_rank(lora_act_ptr, total, first + t * 8, last, places, 8 if t < TILES else PART, RT)
             else:
                 keep_low_rank(low_rank_ptr + (slice * ALL + t) * KEPT, total)
     if SLICES > 1:
@@ -253,7 +255,7 @@ def quantize_int8_kernel(
         if gl.atomic_add(arrived_ptr, 1, sem="acq_rel") == before + SLICES - 1:
             for t in gl.static_range(ALL if RT > 0 else 0):
                 of_all = sum_low_rank(low_rank_ptr + t * KEPT, ALL * KEPT, SLICES, RT, WARPS)
-                store_low_rank(lora_act_ptr, of_all, first + t * 8, last, stride_lora, 8 if t < TILES else PART, RT)
+                store_low_rank(lora_act_ptr, of_all, first + t * 8, last, places, 8 if t < TILES else PART, RT)
             gl.store(arrived_ptr, 0)
 
 
@@ -263,13 +265,15 @@ def quantize_act_int8(
     proj_down: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    layers: int = 1,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.reference.quantize_act_int8`, for the input of the layer ``weight``.
 
     x: T [M, K], bf16 or fp16, rows contiguous · weight: gives smooth_factor (file order) and act_unsigned · proj_down:
     T, nominal [R, K], in operand order (low_rank.py) · scale, shift: T [B, K], B divides M: LayerNorm and modulation in
-    front, or None · cut: for tests and benchmarks. Returns codes int8 [M, K], scales float32 [M] and lora_act T [M, R].
+    front, or None · layers: how many of the same rank, one below the other, proj_down is of · cut: for tests and
+    benchmarks. Returns codes int8 [M, K], scales float32 [M] and lora_act T [M, R], or [layers, M, R / layers].
     Same bits on every run.
     """
     m, k = x.shape
@@ -278,12 +282,13 @@ def quantize_act_int8(
         raise ValueError(f"x is {list(x.shape)}, strides {x.stride()}; expected [M, {weight.k}] with contiguous rows")
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.smooth_factor.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} and smooth_factor {weight.smooth_factor.dtype}, expected bf16 or fp16 twice")
-    if rank % RANK_MULTIPLE:
-        raise ValueError(f"rank is {rank}, expected a multiple of {RANK_MULTIPLE}")
+    if rank % (layers * RANK_MULTIPLE):
+        raise ValueError(f"rank is {rank}, expected a multiple of {layers} times {RANK_MULTIPLE}")
     require("proj_down", proj_down, (rank, k), x.dtype)
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scales = torch.empty(m, dtype=torch.float32, device=x.device)
-    lora_act = torch.empty(m, rank, dtype=x.dtype, device=x.device)
+    lora_act = torch.empty(layers, m, rank // layers, dtype=x.dtype, device=x.device)
+    lora_act = lora_act[0] if layers == 1 else lora_act
     if m == 0:
         return codes, scales, lora_act
     batches = 1
@@ -295,7 +300,8 @@ def quantize_act_int8(
             scale, shift = scale.contiguous(), shift.contiguous()
         batches = scale.shape[0]
     rows = m // batches
-    ranks = min(rank, RANKS) // 16  # of a launch
+    # More low-rank columns than fit beside each other: 96 as 48 and 48, which is faster than 64 and 32.
+    ranks = triton.cdiv(rank // 16, max(1, triton.cdiv(rank, RANKS)))  # of a launch
     architecture = describe(x.device).architecture
     if cut is None:
         cut = choose_cut(rows, batches, k, ranks, multiprocessors(x.device), architecture)
@@ -313,8 +319,7 @@ def quantize_act_int8(
                 arrived = arrivals("quantize_act_int8", x.device, MAX_BLOCKS)
             else:
                 arrived = torch.zeros_like(scales, dtype=torch.int32)
-        for r in range(0, max(rank, 1), RANKS):  # more low-rank columns than fit beside each other
-            of_launch = min(RANKS, rank - r) // 16
+        for r in range(0, max(rank, 1), max(16 * ranks, 1)):
             quantize_int8_kernel[(blocks * cut.slices,)](
                 x.view(torch.int32),
                 weight.smooth_factor.view(torch.int32),
@@ -323,13 +328,15 @@ def quantize_act_int8(
                 words if shift is None else shift.view(torch.int32),
                 words,
                 scales,
-                lora_act[:, r:] if rank else scales,
+                lora_act if rank else scales,
                 parts,
                 low_rank,
                 arrived,
                 k,
                 x.stride(0) // 2,
-                rank,
+                r,
+                rank // layers,
+                m * rank // layers,
                 0 if scale is None else scale.stride(0) // 2,
                 rows,
                 blocks_per_batch,
@@ -338,7 +345,7 @@ def quantize_act_int8(
                 CODES=r == 0,
                 T=0 if x.dtype == torch.bfloat16 else 1,
                 XORSIGN=x.dtype == torch.bfloat16 and architecture != "sm_80",
-                RT=of_launch,
+                RT=min(ranks, (rank - r) // 16),
                 **cut.constants(k),
                 num_warps=cut.warps,
             )

@@ -439,12 +439,16 @@ def sum_low_rank(ptr, stride, SLICES: gl.constexpr, RT: gl.constexpr, WARPS: gl.
 
 
 @gluon.jit
-def store_low_rank(lora_act_ptr, total, row0, last, stride, ROWS: gl.constexpr, RT: gl.constexpr):
-    """T of a tile's sums to lora_act T [M, stride]."""
+def store_low_rank(lora_act_ptr, total, row0, last, places, ROWS: gl.constexpr, RT: gl.constexpr):
+    """T of a tile's sums to lora_act T [parts, M, part_ranks]. places: (first column of all parts, part_ranks, distance
+    of the parts)."""
     L: gl.constexpr = total.type.layout
+    first_rank, part_ranks, part_stride = places
     register = index_along(L, 4, 3, 4)
     row = index_along(L, 4, 2, 4) * 2 + register % 2
     rank = index_along(L, 4, 0, total.shape[0]) * 16 + index_along(L, 4, 1, 8) + register // 2 * 8
     inside = (row0 + row < last) & (row < ROWS) & (rank < RT * 16)
-    out_ptr = lora_act_ptr + (row0 + row).to(gl.int64) * stride + rank
+    part = (first_rank + rank) // part_ranks
+    out_ptr = lora_act_ptr + part.to(gl.int64) * part_stride + (row0 + row).to(gl.int64) * part_ranks
+    out_ptr += first_rank + rank - part * part_ranks
     gl.store(out_ptr, total.to(lora_act_ptr.dtype.element_ty), mask=inside)

@@ -75,12 +75,13 @@ def gemm_gelu_quantize(codes, ascales, lora_act, part, following, bias=None) -> 
     return quantize_act(gemm_w4a4(codes, ascales, lora_act, part, bias, SimpleNamespace(gelu=True)), following)
 
 
-def quantize_act_int8(x, weight, proj_down, scale=None, shift=None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_act_int8(x, weight, proj_down, scale=None, shift=None, layers=1) -> tuple[Tensor, Tensor, Tensor]:
     if scale is not None:
         x = reference.layer_norm_modulate(x, scale, shift)
     smooth = layout.unpack_vector(weight.smooth_factor)
     codes, scales, lora_act = reference.quantize_act_int8(x, smooth, proj_down, weight.act_unsigned)
-    return codes, scales, lora_act.to(x.dtype)
+    lora_act = lora_act.to(x.dtype)
+    return codes, scales, lora_act if layers == 1 else torch.stack(lora_act.chunk(layers, dim=1))
 
 
 def gemm_w8a8(codes, scales, lora_act, weight, proj_up, bias=None, after=None, out=None, second=None) -> Tensor:

@@ -62,11 +62,12 @@ def factors(part, proj_down=None, proj_up=None):
     return proj_down.copy_(natural.proj_down), proj_up.copy_(natural.proj_up)
 
 
-def quantize(x, part, proj_down, scale=None, shift=None):
+def quantize(x, part, proj_down, scale=None, shift=None, layers=1):
     x = x if scale is None else reference.layer_norm_modulate(x, scale, shift)
     smooth = layout.unpack_vector(part.smooth_factor)
     codes, scales, lora_act = reference.quantize_act_int8(x.to(smooth.dtype), smooth, proj_down, part.act_unsigned)
-    return codes, scales, lora_act.to(smooth.dtype)
+    lora_act = lora_act.to(smooth.dtype)
+    return codes, scales, lora_act if layers == 1 else torch.stack(lora_act.chunk(layers, dim=1))
 
 
 def gemm(codes, scales, lora_act, weight, proj_up, bias=None, after=None, out=None):

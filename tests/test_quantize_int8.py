@@ -51,7 +51,8 @@ def check(m: int, k: int, rank: int, unsigned: bool, batches: int, dtype: torch.
     ("m", "k", "rank", "unsigned", "batches"),
     [(35, 384, 48, False, 0), (20, 256, 32, True, 0), (5, 640, 0, False, 1), (1100, 3072, 80, False, 1),
      (63, 1280, 16, False, 3), (1, 12288, 32, True, 0), (4608, 3072, 32, False, 0), (4608, 3072, 64, False, 1),
-     (4608, 12288, 32, True, 0), (300, 12288, 16, False, 2), (512, 3072, 32, False, 1), (77, 15360, 128, False, 0)],
+     (4608, 12288, 32, True, 0), (300, 12288, 16, False, 2), (512, 3072, 32, False, 1), (77, 15360, 128, False, 0),
+     (4608, 3072, 96, False, 1), (70, 640, 144, False, 2)],
 )  # fmt: skip
 def test_against_the_reference(m, k, rank, unsigned, batches, dtype) -> None:
     check(m, k, rank, unsigned, batches, dtype)
@@ -71,6 +72,32 @@ def test_cuts(cut: tuple[int, ...], dtype: torch.dtype) -> None:
 
     check(201, 1152, 32, True, 0, dtype, Cut(*cut))
     check(201, 1152, 48, False, 3, dtype, Cut(*cut))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("layers", "rank", "m"), [(2, 32, 4608), (2, 48, 300), (3, 16, 77), (3, 48, 5), (2, 0, 40)])
+def test_columns_of_several_layers(layers: int, rank: int, m: int) -> None:
+    """Apart from each other, and the same as side by side."""
+    from svdq.kernels.low_rank import natural_factors
+    from svdq.kernels.quantize_int8 import quantize_act_int8
+
+    part = layer(128, 1152, layers * rank, torch.bfloat16, False)
+    proj_down, _ = natural_factors(part)
+    x = torch.randn(m, 1152, generator=torch.Generator().manual_seed(m)).bfloat16().cuda()
+    *beside, lora_act = quantize_act_int8(x, part, proj_down)
+    *apart, found = quantize_act_int8(x, part, proj_down, layers=layers)
+    assert found.shape == (layers, m, rank)
+    assert all(torch.equal(a, b) for a, b in zip(apart, beside, strict=True))
+    assert torch.equal(torch.cat(found.unbind(0), dim=1), lora_act)
+
+
+@pytest.mark.gpu
+def test_columns_that_layers_cannot_share() -> None:
+    from svdq.kernels.quantize_int8 import quantize_act_int8
+
+    part, x = layer(128, 384, 48, torch.bfloat16, False), torch.zeros(4, 384, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match="rank is 48, expected a multiple of 2 times 16"):
+        quantize_act_int8(x, part, torch.zeros(48, 384, dtype=torch.bfloat16, device="cuda"), layers=2)
 
 
 @pytest.mark.gpu
@@ -101,7 +128,7 @@ def test_no_spills(arch: str, k: int, rank: int, norm: bool) -> None:
 # Norm, unsigned, rank, whether there are codes: not in the second launch for a rank above 64.
 KINDS = (
     (False, False, 32, True), (True, False, 64, True), (False, True, 16, True), (True, True, 48, True),
-    (False, False, 0, True), (True, False, 16, False), (False, True, 64, True), (True, False, 0, True),
+    (False, False, 0, True), (True, False, 48, False), (False, True, 64, True), (True, False, 0, True),
 )  # fmt: skip
 
 
