@@ -28,7 +28,7 @@ from collections import defaultdict
 from comfyui_process import start_comfyui
 from full_size import TOKENS, register_package
 
-STEPS, PROFILED = 10, 3
+STEPS, PROFILED, ROUNDS = 10, 3, 7
 PARTS = (  # kind, kernels whose names match; the first that does
     ("attention", r"attention|sdpa|fmha|flash"),
     ("product", r"gemm|gemv|nvjet|cutlass|xmma|matmul|linear|splitKreduce"),
@@ -99,7 +99,8 @@ def measure_peer(peer, args: argparse.Namespace, reference: dict, keep: bool) ->
 def measure_lora(patcher, size: int, batch: int) -> dict:
     """A LoRA of rank 16 on every quantized linear, through ComfyUI's own functions: seconds that adding it, another
     strength and removing it take (add_s, strength_s, remove_s), and a step with it (lora_ms, and lora_ in front of what
-    :func:`profile` gives).
+    :func:`profile` gives). lora_percent, lora_loop_percent: what it adds to a step and to the loop, by medians of
+    rounds with and without it in turns, because clocks drift.
 
     A change is loading the model with it and three steps, after which all graphs are as they will be, less the same
     without a change.
@@ -126,6 +127,16 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
             step(model)
         return time.perf_counter() - start, model
 
+    def settled_steps(model) -> tuple[float, float]:
+        """Medians of steps that are waited for, and a step of a loop."""
+        run(lambda: model)
+        waited = statistics.median(step(model) for _ in range(STEPS))
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            model.model.diffusion_model(**values)
+        synchronize()
+        return waited, (time.perf_counter() - start) / STEPS
+
     def settled(model) -> float:
         return statistics.median(run(lambda: model)[0] for _ in range(3))
 
@@ -136,6 +147,11 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
     added, patched = run(lambda: with_lora(1.0))
     later = settled(patched)
     lora_ms = statistics.median(step(patched) for _ in range(STEPS)) * 1e3
+    rounds = ROUNDS if torch.cuda.is_available() else 1
+    in_turns = [[settled_steps(model) for model in (patcher, patched)] for _ in range(rounds)]
+    percent, loop_percent = (
+        round(100 * (statistics.median(of_lora[i] / plain[i] for plain, of_lora in in_turns) - 1), 2) for i in range(2)
+    )
     flux = patcher.model.diffusion_model
     gpu = profile(lambda: flux(**values)) if torch.cuda.is_available() else {}
     changed, stronger = run(lambda: with_lora(0.5))
@@ -144,6 +160,7 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
     torch.cuda.empty_cache() if torch.cuda.is_available() else None
     seconds = {"add_s": added - later, "strength_s": changed - later, "remove_s": removed - plain}
     row = {name: round(value, 3) for name, value in seconds.items()} | {"lora_ms": round(lora_ms, 2)}
+    row |= {"lora_percent": percent, "lora_loop_percent": loop_percent}
     return row | {f"lora_{name}": value for name, value in gpu.items()}
 
 

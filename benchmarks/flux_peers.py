@@ -104,6 +104,7 @@ PEERS = {
     "ours": Peer("this pack"),
     "ours-int8": Peer("this pack, INT8 weights kept", weights="int8"),
     "ours-lora": Peer("this pack, LoRA", lora=True),
+    "ours-int8-lora": Peer("this pack, INT8 weights kept, LoRA", weights="int8", lora=True),
     "ours-rank0": Peer("this pack without the low-rank branch", rank0=True),
     "bf16-cudnn": Peer("ComfyUI bf16, cuDNN attention", _bf16, cudnn=True),
     "fp8": Peer("ComfyUI fp8, scaled", _FP8),

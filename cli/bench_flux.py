@@ -20,12 +20,12 @@ from . import ROOT, UserError
 from .comfy_server import has_accelerator
 from .environment import comfyui_path
 
-PEERS = ("bf16", "ours", "ours-int8", "ours-lora", "ours-rank0", "bf16-cudnn", "fp8", "int8", "int4", "nf4",
-         "bf16-compile", "ours-compile", "fp8-compile")  # fmt: skip
+PEERS = ("bf16", "ours", "ours-int8", "ours-lora", "ours-int8-lora", "ours-rank0", "bf16-cudnn", "fp8", "int8", "int4",
+         "nf4", "bf16-compile", "ours-compile", "fp8-compile")  # fmt: skip
 COLUMNS = ("run", "label", "size", "batch", "wall_ms", "spread_ms", "host_ms", "loop_ms", "gpu_ms", "kernels",
            "weights_gib", "peak_gib", "load_s", "first_s", "distance",
            "product_ms", "attention_ms", "quantize_ms", "expand_ms", "other_ms", "add_s", "strength_s", "remove_s",
-           "lora_ms", "failed")  # fmt: skip
+           "lora_ms", "lora_percent", "lora_loop_percent", "failed")  # fmt: skip
 _RUNS = (  # name, peers (None: all that were asked for), ComfyUI's options
     ("cold", ("ours",), ("--disable-dynamic-vram",)),
     ("warm", ("ours",), ("--disable-dynamic-vram",)),
