@@ -18,6 +18,7 @@ import functools
 import gc
 import logging
 import os
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -36,6 +37,7 @@ LEAST_FREE = 512 * 2**20  # bytes of VRAM for what the driver allocates for a gr
 SHAPES = 2  # sets of shapes that are kept
 PLACES = 2  # of the weights, for each block: with a LoRA and without
 TRIES = 4  # to find the same temporaries in two calls one after the other: the first of all makes more
+_ONE_CAPTURE = threading.Lock()  # at a time, which is what cudaMallocAsync allows: ComfyUI has a thread for each GPU
 _UNFIT = object()  # in place of a graph that cannot be captured
 Attend = Callable[[Tensor], Tensor]  # T [B, L, H * D] of q, k, v T [B, L, 3, H, D]
 
@@ -100,6 +102,9 @@ class BlockGraphs:
         graph's tensors.
         """
         device = tensors[0].device
+        if device.index is not None and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # or a capture would record the other one's stream: nothing
+                return self.run(block, kind, weights, compute, attend, apart, tensors, streams)
         if torch.cuda.is_current_stream_capturing() or self._broken or not enabled():
             compute(attend, *tensors)
             return tensors[:streams]
@@ -186,7 +191,7 @@ class BlockGraphs:
             return captured.attention[1]
 
         found: Any = captured
-        with torch.cuda.stream(stream), _no_garbage_collection():
+        with _ONE_CAPTURE, torch.cuda.stream(stream), _no_garbage_collection():
             try:
                 if plan is not None:
                     pool, *_ = _pool_of_nothing(statics[0].device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -172,6 +174,55 @@ def test_both_kinds_of_attention_in_turns(graphs) -> None:
     for apart in (False, True) * 5:
         assert torch.equal(passes(graphs, held, blocks, x, [add_up], apart)[0], right)
     assert held.count() == 2 and Graph.made == 3
+
+
+def test_threads_record_one_after_the_other(graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's MultiGPU nodes have one for each GPU, and the allocator allows one capture at a time."""
+    under_way, begin, end = [], Graph.capture_begin, Graph.capture_end
+
+    def capture_begin(self: Graph, pool: Any, capture_error_mode: str) -> None:
+        under_way.append(self)
+        time.sleep(0.02)
+        assert len(under_way) == 1, "Only one capture at a time is allowed in a process"
+        begin(self, pool, capture_error_mode)
+
+    def capture_end(self: Graph) -> None:
+        end(self)
+        under_way.remove(self)
+
+    monkeypatch.setattr(Graph, "capture_begin", capture_begin)
+    monkeypatch.setattr(Graph, "capture_end", capture_end)
+    models = [(graphs.BlockGraphs(), [Block(0.1 * n), Block(0.2 * n)], some(n)) for n in range(1, 5)]
+    with ThreadPoolExecutor(len(models)) as threads:
+        running = [threads.submit(passes, graphs, *model, [add_up] * 5, True) for model in models]
+        found = [one.result() for one in running]
+    for (held, blocks, x), results in zip(models, found, strict=True):
+        assert held.count() == len(blocks)
+        right = expected_of(blocks, x, [add_up] * 5)
+        assert all(torch.equal(a, b) for a, b in zip(results, right, strict=True))
+    assert gc.isenabled()
+
+
+def test_a_model_on_another_gpu_than_the_current_one(graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs with its own as the current one, whose stream a capture is of."""
+    current, seen = [0], []
+
+    class Elsewhere(Tensor):
+        device = torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def device(of: torch.device):
+        before, current[0] = current[0], of.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setenv("SVDQ_CUDA_GRAPHS", "0")
+    x = some().as_subclass(Elsewhere)
+    run = graphs.BlockGraphs().run
+    run(Block(1.0), "", (), lambda attend, x: seen.append(current[0]), add_up, False, (x,), 1)
+    assert seen == [1] and current == [0]
 
 
 def test_blocks_of_a_kind_are_recorded_in_the_first_pass(graphs) -> None:
