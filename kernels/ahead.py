@@ -22,12 +22,14 @@ from triton.runtime.jit import JITFunction
 log = logging.getLogger(__name__)
 
 THREADS = 6  # at most; each compilation takes 0.3 GB of RAM
+PATIENCE = 2.0  # seconds; kernels that are in Triton's cache take less
 _seen: set[Hashable] = set()
 _patching = threading.Lock()
 
 
 def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
-    """Compile all kernels that ``compute`` starts, unless it was done for this ``key``; never raises for them.
+    """Compile all kernels that ``compute`` starts, unless it was done for this ``key``; never raises for them. Where
+    that takes longer than PATIENCE, the log says why nothing moves.
 
     compute: must not mind that none of its kernels has run, and change nothing besides.
     """
@@ -39,6 +41,9 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
     except ImportError:  # they are compiled one by one
         return
     start, threads, before = time.perf_counter(), min(THREADS, os.cpu_count() or 1), active_mode.get()
+    said = threading.Timer(PATIENCE, log.info, ["SVDQ FLUX: compiling kernels for this GPU, which are kept for later"])
+    said.daemon = True
+    said.start()
     try:
         with _patching, ThreadPoolExecutor(threads) as executor:
             try:
@@ -54,8 +59,11 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
         _seen.discard(key)
         raise
     finally:
+        said.cancel()
         active_mode.set(before)  # which Triton 3.5 leaves to itself only where nothing fails
-    log.debug("%d kernels in %.1f s, %d threads", len(compiling.future_kernels), time.perf_counter() - start, threads)
+    took = time.perf_counter() - start
+    level = logging.INFO if took > PATIENCE else logging.DEBUG
+    log.log(level, "SVDQ FLUX: %d kernels took %.1f s, %d threads", len(compiling.future_kernels), took, threads)
 
 
 def name_functions(package: str) -> None:

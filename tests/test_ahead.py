@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -95,6 +97,27 @@ def test_a_key_is_compiled_once_more_after_somebody_cancelled(kernels) -> None:
         ahead.compile_once("key", cancel)
     ahead.compile_once("key", lambda: start(SIZES[:1]))
     assert compiled(kernels) == 1
+
+
+@pytest.mark.parametrize(("patience", "lines"), [(0.05, 2), (60.0, 0)])
+def test_who_waits_is_told(
+    kernels, patience: float, lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it compiles, and how long it was; not where all kernels were there."""
+    monkeypatch.setattr(ahead, "PATIENCE", patience)
+    seen = []
+
+    def compute() -> None:
+        start(SIZES[:1])
+        time.sleep(0.3)
+        seen.extend(record.getMessage() for record in caplog.records)
+
+    with caplog.at_level("INFO", ahead.log.name):
+        ahead.compile_once("key", compute)
+    assert len(caplog.records) == lines
+    assert seen == ["SVDQ FLUX: compiling kernels for this GPU, which are kept for later"] * (lines // 2)
+    if lines:
+        assert re.search(r"1 kernels took \d+\.\d s", caplog.records[1].getMessage())
 
 
 def test_other_threads_start_theirs(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
