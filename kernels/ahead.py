@@ -63,7 +63,7 @@ def compile_once(key: Hashable, compute: Callable[[], object]) -> None:
         active_mode.set(before)  # which Triton 3.5 leaves to itself only where nothing fails
     took = time.perf_counter() - start
     level = logging.INFO if took > PATIENCE else logging.DEBUG
-    log.log(level, "SVDQ FLUX: %d kernels took %.1f s, %d threads", len(compiling.future_kernels), took, threads)
+    log.log(level, "SVDQ FLUX: compiling took %.1f s, %d threads", took, threads)
 
 
 def name_functions(package: str) -> None:
