@@ -63,6 +63,8 @@ def compile_for(
     aligned: arguments that are multiples of 16 (for pointers: bytes), which the launcher finds out by itself ·
     mma: how opcodes of the matrix products start, by which the main loop is found · options: more of the compiler's.
     """
+    from svdq.kernels.device import FMA
+
     full = signature | dict.fromkeys(constants, "constexpr")
     if list(full) != fn.arg_names:
         raise ValueError(f"{fn.__name__} takes {', '.join(fn.arg_names)}; expected {', '.join(full)}")
@@ -70,7 +72,7 @@ def compile_for(
     language = GluonASTSource if fn.is_gluon() else ASTSource
     source = language(fn=fn, signature=full, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": warps, **options})
+    kernel = triton.compile(source, target=target, options={"num_warps": warps, **FMA, **options})
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 INT4_CAPABILITIES = ((8, 0), (8, 6), (8, 9))  # GPUs whose tensor cores multiply INT4, and that have bf16
+FMA = {"enable_fp_fusion": True}  # of every launch: Triton 3.9 announces that it will not be the default
 INT8_CAPABILITY = (8, 0)  # the first whose tensor cores multiply INT8 and that has bf16
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import FMA
 from .int4 import GROUP
 
 ROWS, WARPS = 16, 4  # of a program
@@ -94,6 +95,6 @@ def round_group(
         feedback_kernel[(triton.cdiv(n, ROWS),)](
             work, inverse, importance, steps, scales, zeros, codes, errors, n, k, start,
             STEPS=len(steps) if search else 0, LOW=low, HIGH=high, ROWS=ROWS, GROUP=GROUP, num_warps=WARPS,
-            BF16=dtype == torch.bfloat16,
+            BF16=dtype == torch.bfloat16, **FMA,
         )  # fmt: skip
     return errors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import act_layout
-from .device import describe
+from .device import FMA, describe
 from .epilogue import KINDS, After, finish_rows, require
 from .gluon_compat import gl, gluon
 from .int4 import GROUP, RANK_MULTIPLE, PackedW4A4
@@ -124,6 +124,7 @@ def gemm_w4a4(
             EPILOGUE=KINDS.index(after.name),
             **tile.constants,
             num_warps=tile.warps,
+            **FMA,
         )
     return out
 

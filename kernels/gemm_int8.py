@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arrivals import arrivals
-from .device import describe, multiprocessors
+from .device import FMA, describe, multiprocessors
 from .epilogue import KINDS, After, require
 from .int4 import RANK_MULTIPLE
 from .tiles_int8 import BLOCK, HOPPER, NO_PIECES, HopperTile, Tile, choose_tile, low_rank_boxes, plan_items
@@ -226,6 +226,7 @@ def _run_triton(tile: Tile, call: _Call) -> None:
         BK=tile.block_k,
         GROUP_M=tile.group_m,
         num_warps=tile.warps,
+        **FMA,
         num_stages=tile.stages,
     )
 
@@ -298,6 +299,7 @@ def _run_hopper(tile: HopperTile, call: _Call) -> None:
         0 if call.bias is None else n,
         C=tile,
         num_warps=4,
+        **FMA,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import act_layout
 from .act_codes import quantize_group, round_pair, store_rows
-from .device import describe
+from .device import FMA, describe
 from .epilogue import gelu_tanh, pack_pair, require, unpack_pair
 from .gemm_int4 import TYPES, check_operand, pointers
 from .gluon_compat import barrier, gl, gluon
@@ -224,6 +224,7 @@ def gemm_gelu_quantize(
             T=TYPES[dtype],
             **tile.constants,
             num_warps=tile.warps,
+            **FMA,
         )
         if chunks > 1 and rank:
             block = 1024

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .device import FMA
 from .epilogue import BF16, FP16, unpack_pair
 from .gluon_compat import gl, gluon
 from .int4 import PackedAWQ
@@ -165,6 +166,7 @@ def gemv_w4a16(x: Tensor, weight: PackedAWQ, bias: Tensor | None = None) -> Tens
             WARPS=WARPS,
             UNROLL=UNROLL,
             num_warps=WARPS,
+            **FMA,
         )
     return y
 

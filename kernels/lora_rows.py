@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import FMA
+
 COLUMNS, OUTPUTS, RANKS = 1024, 128, 16  # of a step
 
 
@@ -55,8 +57,8 @@ def add_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     t = torch.empty(m, rank, dtype=torch.float32, device=x.device)
     # Triton launches on the current device, whatever the tensors are on.
     with torch.cuda.device_of(x):
-        lora_down_kernel[(rank, m)](x, down, t, k, rank, x.stride(0), COLUMNS=COLUMNS, num_warps=4)
+        lora_down_kernel[(rank, m)](x, down, t, k, rank, x.stride(0), COLUMNS=COLUMNS, num_warps=4, **FMA)
         lora_up_kernel[(triton.cdiv(n, OUTPUTS), m)](
-            t, up, y, n, rank, y.stride(0), OUTPUTS=OUTPUTS, RANKS=RANKS, num_warps=4
+            t, up, y, n, rank, y.stride(0), OUTPUTS=OUTPUTS, RANKS=RANKS, num_warps=4, **FMA
         )
     return y

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import FMA
 from .epilogue import require
 from .int4 import PackedW4A4
 
@@ -56,6 +57,6 @@ def natural_factors(
         block = 2048
         with torch.cuda.device_of(down):
             _factors_kernel[(triton.cdiv((n + k) * rank, block),)](
-                weight.proj_down, weight.proj_up, down, up, k, n, rank, up.stride(0), BLOCK=block, num_warps=8
+                weight.proj_down, weight.proj_up, down, up, k, n, rank, up.stride(0), BLOCK=block, num_warps=8, **FMA
             )
     return down, up

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import act_layout
 from .act_codes import quantize_words, store_rows
 from .arrivals import arrivals
-from .device import describe, multiprocessors
+from .device import FMA, describe, multiprocessors
 from .epilogue import require
 from .gemm_int4 import TYPES
 from .gluon_compat import async_copy, barrier, gl, gluon
@@ -286,6 +286,7 @@ def quantize_act(
             BUFFERS=cut.buffers(ranks),
             PIECES=triton.next_power_of_2(pieces) if rank else 1,
             num_warps=warps,
+            **FMA,
             maxnreg=128 if ranks <= 2 else None,  # room for 16 warps on a multiprocessor
         )
     return codes, ascales, lora_act

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from .arrivals import arrivals
-from .device import describe, multiprocessors
+from .device import FMA, describe, multiprocessors
 from .epilogue import EPS, require
 from .gluon_compat import async_copy, barrier, gl, gluon
 from .int4 import RANK_MULTIPLE, PackedW4A4
@@ -348,6 +348,7 @@ def quantize_act_int8(
                 RT=min(ranks, (rank - r) // 16),
                 **cut.constants(k),
                 num_warps=cut.warps,
+                **FMA,
             )
     return codes, scales, lora_act
 

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .device import FMA
 from .epilogue import require
 from .gluon_compat import barrier, gl, gluon, store_as
 from .int4 import GROUP, PackedW4A4
@@ -200,5 +201,6 @@ def expand_w4_to_int8(weight: PackedW4A4, out: W8 | None = None, shape: tuple[in
             BATCH=batch,
             STEPS=triton.next_power_of_2(triton.cdiv(k // GROUP, 16 // rows * warps)),
             num_warps=warps,
+            **FMA,
         )
     return out

@@ -146,6 +146,27 @@ def test_files_stay_short(path: Path) -> None:
         assert name not in LONGER, f"{name} is short again: take it off the list"
 
 
+def launches() -> Iterator[tuple[str, ast.Call]]:
+    """All calls kernel[grid](...) in kernels/."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            keywords = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else set()
+            if "num_warps" in keywords and isinstance(node.func, ast.Subscript):
+                yield f"{path.name}:{node.lineno}", node
+
+
+def test_kernels_do_not_depend_on_a_default_of_triton() -> None:
+    """Triton 3.9 warns that it will round a * b + c twice some day, which takes longer and gives other bits."""
+    found = list(launches())
+    assert len(found) >= 12
+    without = [
+        place
+        for place, call in found
+        if not any(keyword.arg is None and ast.unparse(keyword.value) == "FMA" for keyword in call.keywords)
+    ]
+    assert not without
+
+
 def test_bare_import() -> None:
     """Without ComfyUI, without Triton and without a GPU, and without looking for one."""
     script = f"""
