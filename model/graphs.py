@@ -206,10 +206,10 @@ class BlockGraphs:
                 found, self._broken = _UNFIT, graph_memory.needed() and not changed
                 # What was allocated for the graph has to go before it ends.
                 traceback.clear_frames(error.__traceback__)
-                with contextlib.suppress(RuntimeError):  # of a capture that is broken already, or has ended
-                    captured.graphs[-1].capture_end()
-                # Where that fails, the allocator goes on as if the capture did, and frees nothing any more.
-                if pool is not None:
+                if captured.graphs:
+                    with contextlib.suppress(RuntimeError):  # of a capture that is broken already, or has ended
+                        captured.graphs[-1].capture_end()
+                    # Where that fails, the allocator goes on as if the capture did, and frees nothing any more.
                     with contextlib.suppress(RuntimeError):
                         torch._C._cuda_endAllocateToPool(statics[0].device.index, pool)
         current.wait_stream(stream)

@@ -300,6 +300,20 @@ def test_what_cannot_be_captured_runs_without(
     assert held.count() == 0 and len(caplog.records) == 1, "the allocator would refuse all others"
 
 
+def test_no_pool_for_a_graph(graphs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has begun that would have to end."""
+
+    def refuse(device: torch.device) -> Any:
+        raise RuntimeError("no pool")
+
+    held, block, x = graphs.BlockGraphs(), Block(0.5), some()
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "_pool_of_nothing", refuse)
+        found = passes(graphs, held, [block], x, [add_up] * 5, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected_of([block], x, [add_up] * 5), strict=True))
+    assert held.count() == 0 and "no pool" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["inputs", "memory"])
 def test_no_memory_for_a_graph(graphs, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held, block, x, empty = graphs.BlockGraphs(), Block(0.5), some(), torch.empty
