@@ -127,8 +127,8 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
             step(model)
         return time.perf_counter() - start, model
 
-    def settled_steps(model) -> tuple[float, float]:
-        """Medians of steps that are waited for, and a step of a loop."""
+    def steps(model) -> tuple[float, float]:
+        """Seconds of a step that is waited for, the median, and of a step of a loop."""
         run(lambda: model)
         waited = statistics.median(step(model) for _ in range(STEPS))
         start = time.perf_counter()
@@ -146,11 +146,11 @@ def measure_lora(patcher, size: int, batch: int) -> dict:
     plain = settled(patcher)
     added, patched = run(lambda: with_lora(1.0))
     later = settled(patched)
-    lora_ms = statistics.median(step(patched) for _ in range(STEPS)) * 1e3
-    rounds = ROUNDS if torch.cuda.is_available() else 1
-    in_turns = [[settled_steps(model) for model in (patcher, patched)] for _ in range(rounds)]
+    in_turns = [(steps(patcher), steps(patched)) for _ in range(ROUNDS if torch.cuda.is_available() else 1)]
+    lora_ms = statistics.median(of_lora[0] for _, of_lora in in_turns) * 1e3
     percent, loop_percent = (
-        round(100 * (statistics.median(of_lora[i] / plain[i] for plain, of_lora in in_turns) - 1), 2) for i in range(2)
+        round(100 * (statistics.median(of_lora[i] / of_plain[i] for of_plain, of_lora in in_turns) - 1), 2)
+        for i in range(2)
     )
     flux = patcher.model.diffusion_model
     gpu = profile(lambda: flux(**values)) if torch.cuda.is_available() else {}

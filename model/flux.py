@@ -461,6 +461,13 @@ def fused_blocks(flux: nn.Module) -> list[_Fused]:
     return [block for block in (*flux.double_blocks, *flux.single_blocks) if isinstance(block, _Fused)]
 
 
+def give_back(flux: nn.Module) -> None:
+    """Give up INT8 copies and CUDA graphs of the fused blocks of a Flux, if it has any."""
+    for block in fused_blocks(flux)[:1]:
+        block.kept.forget()
+        block.graphs.clear()
+
+
 def fuse_blocks(flux: nn.Module, backend: Backend, weights: str = "int4") -> None:
     """Give every block of a ComfyUI Flux its fused forward, where ``backend`` has kernels for it.
 

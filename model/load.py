@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..kernels import backend_for
 from ..loaders import Checkpoint, PlainLayer, open_checkpoint
-from .flux import fuse_blocks, fused_blocks
+from .flux import fuse_blocks, give_back
 from .kept_weights import WEIGHTS
 from .layout_svdq import quantized_weight
-from .ops import QuantizedLinear, make_operations
-from .patcher import adopt
+from .ops import make_operations
+from .patcher import adopt, quantized_modules
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +95,9 @@ def state_dict(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, LoR
 def _on_detach(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
     """Graphs, INT8 copies and factors of LoRAs go when the model leaves the GPU, not when another clone takes its place
     or a clone is deleted."""
-    if not unpatch_all:
-        return
-    blocks = fused_blocks(patcher.model.diffusion_model)
-    if blocks:
-        blocks[0].kept.forget()
-        blocks[0].graphs.clear()
-    for module in patcher.model.modules():
-        if isinstance(module, QuantizedLinear):
+    if unpatch_all:
+        give_back(patcher.model.diffusion_model)
+        for module in quantized_modules(patcher.model):
             module.free()
 
 

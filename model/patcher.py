@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from .flux import fused_blocks
+from .flux import fused_blocks, give_back
 from .kept_weights import KeptWeights
 from .lora import refuse_damaged
 from .offload import Staged
@@ -153,10 +153,7 @@ class SVDQModelPatcher(_KeptMixin, _LoraMixin, _DenseMixin, SaveMixin, comfy.mod
         uuid = self.model.current_weight_patches_uuid
         if uuid is not None and (uuid != self.patches_uuid or force_patch_weights) and not self._stays:
             # Core takes all weights off the GPU and asks nobody for the copies and the graphs that go with them.
-            kept, _ = self._kept()
-            if kept is not None:
-                kept.forget()
-            self._clear_graphs()
+            give_back(self.model.diffusion_model)
         try:
             result = super().partially_load(device_to, extra_memory, force_patch_weights)
         finally:

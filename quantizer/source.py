@@ -197,6 +197,7 @@ def naming(path: str, tensors: Mapping[str, tuple[str, TensorInfo]]) -> tuple[st
 
 
 def is_fp8(info: TensorInfo) -> bool:
+    """Whether a tensor is in 8-bit floating point, of any kind."""
     return info.dtype.startswith("F8")
 
 

@@ -40,8 +40,10 @@ def load_dense(path: Path):
     )
 
 
-def inputs(checkpoint: Checkpoint, size: int = 16, tokens: int = 20, batch: int = 2) -> dict[str, Tensor]:
-    """Seeded inputs of one forward pass; ``size`` in latent pixels."""
+def inputs(
+    checkpoint: Checkpoint, size: int = 16, tokens: int = 20, batch: int = 2, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Seeded inputs of one forward pass; ``size`` in latent pixels, ``dtype`` of all but the timestep."""
     generator = torch.Generator().manual_seed(1234)
     config = checkpoint.config
 
@@ -49,11 +51,11 @@ def inputs(checkpoint: Checkpoint, size: int = 16, tokens: int = 20, batch: int 
         return torch.randn(*shape, generator=generator)
 
     return {
-        "x": draw(batch, config.in_channels // 4, size, size),
+        "x": draw(batch, config.in_channels // 4, size, size).to(dtype),
         "timestep": torch.linspace(0.9, 0.3, batch),
-        "context": draw(batch, tokens, config.context_in_dim),
-        "y": draw(batch, config.vec_in_dim),
-        "guidance": torch.full((batch,), 3.5),
+        "context": draw(batch, tokens, config.context_in_dim).to(dtype),
+        "y": draw(batch, config.vec_in_dim).to(dtype),
+        "guidance": torch.full((batch,), 3.5, dtype=dtype),
     }
 
 

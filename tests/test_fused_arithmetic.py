@@ -32,8 +32,7 @@ def outputs(patcher, path: Path) -> list[Tensor]:
     management.load_models_gpu([patcher])
     found = []
     for size, tokens, batch in SIZES:
-        values = inputs(open_checkpoint(path), size=size, tokens=tokens, batch=batch)
-        values = {name: value if name == "timestep" else value.bfloat16() for name, value in values.items()}
+        values = inputs(open_checkpoint(path), size, tokens, batch, torch.bfloat16)
         with torch.inference_mode():
             found.append(patcher.model.diffusion_model(values.pop("x"), **values).float())
     return found

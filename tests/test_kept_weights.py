@@ -11,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import reference_layers
 import torch
 from flux_models import forward, inputs, relative
 from int8_files import with_int8
 from test_flux_blocks_cpu import PlainLayers
 from test_memory_modes import write_lora
 
-from svdq.kernels import layout, reference
+from svdq.kernels import reference
 from svdq.loaders import open_checkpoint
 
 pytestmark = pytest.mark.comfy
@@ -64,10 +65,7 @@ def factors(part, proj_down=None, proj_up=None):
 
 def quantize(x, part, proj_down, scale=None, shift=None, layers=1):
     x = x if scale is None else reference.layer_norm_modulate(x, scale, shift)
-    smooth = layout.unpack_vector(part.smooth_factor)
-    codes, scales, lora_act = reference.quantize_act_int8(x.to(smooth.dtype), smooth, proj_down, part.act_unsigned)
-    lora_act = lora_act.to(smooth.dtype)
-    return codes, scales, lora_act if layers == 1 else torch.stack(lora_act.chunk(layers, dim=1))
+    return reference_layers.quantize_act_int8(x.to(part.smooth_factor.dtype), part, proj_down, layers=layers)
 
 
 def gemm(codes, scales, lora_act, weight, proj_up, bias=None, after=None, out=None):

@@ -82,8 +82,7 @@ def test_two_calls_of_a_wrapped_block_have_two_results(tiny: Path, monkeypatch: 
     flux = patcher.model.diffusion_model
     for block in (*flux.double_blocks, *flux.single_blocks):
         block.graphs = SimpleNamespace(run=replay, clear=lambda: 0)
-    values = inputs(open_checkpoint(tiny), size=8, tokens=8, batch=1)
-    values = {name: value if name == "timestep" else value.bfloat16() for name, value in values.items()}
+    values = inputs(open_checkpoint(tiny), size=8, tokens=8, batch=1, dtype=torch.bfloat16)
     blocks = [("double_block", 0), ("double_block", 1), ("single_block", 0), ("single_block", 1)]
     options = {"patches_replace": {"dit": dict.fromkeys(blocks, wrapper)}}
     management.load_models_gpu([patcher])
